@@ -1,0 +1,3813 @@
+#!/usr/bin/env python3
+"""plexus_lite: a one-file proxy that keeps the prompt cache of agent clients warm.
+
+It stands between agent clients (Codex CLI, pi, hermes-agent, opencode, the OpenAI SDKs) and upstreams that speak the
+OpenAI Responses API.  Every request of a conversation reaches the machine that already holds its prefix, with the
+headers that a backend routes its cache by; everything else passes through untouched, byte for byte.
+
+    python plexus_lite.py                 serve what config.json beside this file says
+    python plexus_lite.py init            print a starter configuration
+    python plexus_lite.py --help          every option and every configuration key
+
+How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets):
+
+    client --HTTP/1.1--> Loop: head, body --> Handler (a thread): JSON, policy, placement, connect, send
+       ^                                                                          |
+       |                                                                     HTTP/1.1
+       +--- bytes as they arrive --- Loop: answer head, relay <------------ upstream
+
+Table of contents (each room uses only rooms above it; everything above the waterline is free of I/O):
+
+     1  Constants       header sets, sizes, times, exit codes
+     2  Errors          what a caller can tell apart, with HTTP status and code
+     3  Config          strict parsing of config.json
+     4  Messages        HTTP/1.1 and JSON readers: bytes in, values or an error out
+     5  Policy          routes, keys, session value, headers both ways, the model's span
+     6  Placement       which upstream gets a conversation
+     7  Observation     what the access log says of a request
+     --- waterline ---
+     8  Transport       urllib opener over pooled connections, TLS
+     9  Relay           the loop: client connections, answers, backpressure, timeouts
+    10  Handler         read, route, place, forward
+    11  Server          listen, accept, reload, drain, stop
+    12  Demo            the built-in upstream behind demo://
+    13  CLI             options, init, main
+
+What it does not do: translate between APIs, retry after the first byte, keep state on disk, store or log a prompt,
+cache an answer, contact anything that the configuration does not name.
+
+MIT License.  Copyright (c) 2026 the plexus_lite developers.  Permission is hereby granted, free of charge, to any
+person obtaining a copy of this software, to deal in it without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies, provided that this notice appears in
+all copies.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED; IN NO EVENT SHALL THE
+AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY ARISING FROM THE SOFTWARE OR ITS USE.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import hashlib
+import hmac
+import http
+import http.server
+import ipaddress
+import json
+import math
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import zlib
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Final,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
+
+__version__: Final = "1.0.0"
+
+# ---------------------------------------------------------------------------
+# 1  Constants -- header sets, sizes, times, exit codes.  No code.
+# ---------------------------------------------------------------------------
+
+# RFC 9110 7.6.1, with the two Proxy- fields that clients still send and RFC 9113's upgrade field.
+HOP_BY_HOP: Final = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer")
+    + ("transfer-encoding", "upgrade", "http2-settings")
+)
+# Rebuilt by whoever sends the message: they describe one connection or one transfer.
+REBUILT: Final = frozenset({"host", "content-length", "transfer-encoding", "expect", "accept-encoding"})
+# A client's credentials and account, never for an upstream that has its own.
+CREDENTIALS: Final = frozenset(
+    ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "proxy-authorization")
+    + ("chatgpt-account-id", "openai-organization", "openai-project")
+)
+# Where a client says which conversation this is; first present and non-empty.  Not thread-id: it differs per sub-agent.
+SESSION_SOURCES: Final = (
+    "session-id",  # Codex from 0.131, pi 0.87
+    "session_id",  # Codex to 0.130, pi 0.73, hermes
+    "x-claude-code-session-id",
+    "x-session-id",  # opencode
+    "x-session-affinity",  # opencode, pi chat
+    "x-opencode-session",
+    "x-grok-conv-id",
+    "x-multi-turn-session-id",
+)
+# Old backends read the underscore, the current Codex backend only the hyphen.
+SESSION_SPELLINGS: Final = ("session_id", "session-id")
+TURN_STATE: Final = "x-codex-turn-state"  # minted by one upstream, readable only there
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+RECEIVE_BYTES: Final = 256 * KIB  # one read; larger ones measured no faster, smaller ones cost a call per 64 KiB
+HIGH_WATER_BYTES: Final = 256 * KIB  # unsent answer bytes of one client at which its upstream is no longer read
+PIPELINE_BYTES: Final = 64 * KIB  # bytes of further requests kept while one is being answered
+REQUEST_LINE_BYTES: Final = 16 * KIB  # RFC 9112 3 asks for at least 8000
+CHUNK_LINE_BYTES: Final = 4 * KIB  # chunk size with extensions; real ones have under 20
+SMALL_BODY_BYTES: Final = 256 * KIB  # a refused request's body up to this is read, so that the connection stays in step
+HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: to fail over, to mask our key
+MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
+TICK_S: Final = 0.25  # how often deadlines are looked at
+LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
+HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
+ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
+MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
+COOLDOWN_FIRST_S: Final = 2.0
+COOLDOWN_MAX_S: Final = 300.0
+LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
+LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
+RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
+
+EXIT_OK: Final = 0
+EXIT_CHECK_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_CANNOT_LISTEN: Final = 3
+
+
+# ---------------------------------------------------------------------------
+# 2  Errors -- ProxyError and its kinds, ConfigError.  Nothing but names, statuses and codes.
+# ---------------------------------------------------------------------------
+
+
+# code: (status, OpenAI's type, whether the connection closes because it can no longer be in step)
+ERRORS: Final[Mapping[str, Tuple[int, str, bool]]] = {
+    "invalid_request": (400, "invalid_request_error", False),
+    "malformed_http": (400, "invalid_request_error", True),  # shown to clients as invalid_request
+    "invalid_json": (400, "invalid_request_error", False),
+    "invalid_header": (400, "invalid_request_error", False),
+    "invalid_api_key": (401, "authentication_error", False),
+    "model_not_allowed": (403, "permission_error", False),
+    "forbidden_origin": (403, "permission_error", False),
+    "not_found": (404, "invalid_request_error", False),
+    "model_not_found": (404, "invalid_request_error", False),
+    "method_not_allowed": (405, "invalid_request_error", False),
+    "request_timeout": (408, "invalid_request_error", True),
+    "length_required": (411, "invalid_request_error", False),
+    "content_too_large": (413, "invalid_request_error", True),
+    "uri_too_long": (414, "invalid_request_error", True),
+    "unsupported_content_encoding": (415, "invalid_request_error", False),
+    "expectation_failed": (417, "invalid_request_error", True),
+    "websocket_not_supported": (426, "invalid_request_error", True),
+    "headers_too_large": (431, "invalid_request_error", True),
+    "internal_error": (500, "server_error", False),
+    "not_implemented": (501, "invalid_request_error", True),
+    "upstream_connection_error": (502, "server_error", False),
+    "upstream_invalid_response": (502, "server_error", False),
+    "overloaded": (503, "server_error", True),
+    "shutting_down": (503, "server_error", True),
+    "upstream_timeout": (504, "server_error", False),
+    "http_version_not_supported": (505, "invalid_request_error", True),
+}
+
+
+class ProxyError(Exception):
+    """An answer that the proxy makes itself: a code of the table above, and a message the client can act on."""
+
+    def __init__(
+        self, code: str, message: str, *, param: Optional[str] = None, fields: Sequence[Tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.closes = ERRORS[code]
+        self.code = "invalid_request" if code == "malformed_http" else code
+        self.message = message
+        self.param = param
+        self.fields = tuple(fields)
+        if self.status == 503:
+            self.fields += (("Retry-After", "1"),)
+
+
+class MalformedHTTP(ProxyError):
+    """Bytes that two parsers could read differently, from either side."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("malformed_http", message)
+
+
+class UpstreamError(ProxyError):
+    """No usable answer from an upstream.  pi retries on the message's first words."""
+
+    def __init__(self, detail: str, code: str = "upstream_connection_error") -> None:
+        super().__init__(code, "upstream connection error: " + detail)
+
+
+class ClientGone(Exception):
+    """The client closed its connection: nobody is left to answer."""
+
+
+class ConfigError(Exception):
+    """What is wrong in the configuration, and where: *path* is the place inside the file, "" for all of it."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}" if path else message)
+
+
+# ---------------------------------------------------------------------------
+# 3  Config -- Config, Limits, Provider, Key, Alias, Target; parse_config, expand_variables.  Decoded JSON in, values
+#    out; knows no file.  The name, default, check and description of a key stand together.
+# ---------------------------------------------------------------------------
+
+Check = Callable[[Any, str], Any]
+T = TypeVar("T")
+REQUIRED: Final = object()
+SECRET: Final = {"repr": False}  # kept out of every repr, and so out of every traceback
+
+
+def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
+    """Return a dataclass field that is also a row of the configuration reference."""
+    options["metadata"] = {"check": check, "text": text}
+    if default is not REQUIRED and default is not dataclasses.MISSING:
+        options["default"] = default
+    return dataclasses.field(**options)
+
+
+def describe(value: object) -> str:
+    """Return what was found, short enough for one line."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return json.dumps(value if len(value) <= 60 else value[:57] + "...")
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+def wrong(path: str, wanted: str, value: object) -> ConfigError:
+    return ConfigError(path, f"expected {wanted}, found {describe(value)}")
+
+
+def a_string(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise wrong(path, "a non-empty string", value)
+    return value
+
+
+def a_secret(value: Any, path: str) -> str:
+    """Credentials travel in header fields: visible ASCII only.  Errors never show the value."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ConfigError(path, "expected a non-empty string of visible ASCII characters")
+    return value
+
+
+def a_flag(value: Any, path: str) -> bool:
+    if not isinstance(value, bool):
+        raise wrong(path, "true or false", value)
+    return value
+
+
+def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
+    """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
+
+    def check(value: Any, path: str) -> Any:
+        kinds = int if integer else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= maximum:
+            raise wrong(path, f"a{' whole' if integer else ''} number from {minimum:g} to {maximum:g}", value)
+        return value
+
+    return check
+
+
+a_time: Final = a_number(0.001, 86400)
+a_time_or_0: Final = a_number(0, 86400)
+a_size: Final = a_number(1024, 2**40, integer=True)
+
+
+def a_list(check: Check, wanted: str) -> Check:
+    def check_list(value: Any, path: str) -> Tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise wrong(path, wanted, value)
+        return tuple(check(item, f"{path}[{index}]") for index, item in enumerate(value))
+
+    return check_list
+
+
+def one_of(*allowed: str) -> Check:
+    def check(value: Any, path: str) -> str:
+        if value not in allowed:
+            raise wrong(path, " or ".join(json.dumps(item) for item in allowed), value)
+        return str(value)
+
+    return check
+
+
+def a_field_name(value: Any, path: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", value):
+        raise wrong(path, "a header field name", value)
+    if value.lower() in HOP_BY_HOP or value.lower() in {"content-length", "expect"}:
+        raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
+    return value
+
+
+def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
+    if not isinstance(value, dict):
+        raise wrong(path, "an object of header names and values", value)
+    seen: Set[str] = set()
+    for name, text in value.items():
+        a_field_name(name, f"{path}.{name}")
+        if name.lower() in seen:
+            raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
+        seen.add(name.lower())
+        if not isinstance(text, str) or not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", text):
+            raise ConfigError(f"{path}.{name}", "expected a string of printable ASCII without spaces around it")
+    return tuple(value.items())
+
+
+def a_base_url(value: Any, path: str) -> str:
+    """Return *value* without a trailing slash: http(s)://host[:port][/path], or demo://."""
+    if value == "demo://":
+        return "demo://"
+    problem = wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value)
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise problem
+    parts = urllib.parse.urlsplit(value)
+    try:
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # urlsplit checks the port only when it is asked for
+        raise problem from None
+    if not usable:
+        raise problem
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        raise ConfigError(path, "a base URL has no query, fragment or user name")
+    return value.rstrip("/")
+
+
+def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
+    """Return the replicas for each API; a bare string or list is for Responses."""
+    if isinstance(value, dict):
+        table = {}
+        for api, urls in value.items():
+            if api not in ("responses", "chat"):
+                raise ConfigError(f"{path}.{api}", "unknown key; allowed: chat, responses")
+            table[api] = base_urls(urls, f"{path}.{api}")["responses"]
+        if not table:
+            raise ConfigError(path, "expected at least one of: chat, responses")
+        return table
+    urls = a_list(a_base_url, "a base URL, a list of them, or an object")(
+        [value] if isinstance(value, str) else value, path
+    )
+    if isinstance(value, str):
+        a_base_url(value, path)
+    if not urls:
+        raise ConfigError(path, "expected at least one base URL")
+    if len(set(urls)) != len(urls):
+        raise ConfigError(path, "the same base URL stands twice")
+    return {"responses": urls}
+
+
+def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
+    """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
+    if isinstance(value, list):
+        names = a_list(a_string, "a list of model names")(value, path)
+        return {name: frozenset(("responses", "chat")) for name in names}
+    if not isinstance(value, dict):
+        raise wrong(path, "a list of model names, or an object", value)
+    table = {}
+    for name, entry in value.items():
+        where = f"{path}.{name}"
+        check_object(entry, where, ("access_via",))
+        access = a_list(one_of("responses", "chat"), "a list of APIs")(
+            entry.get("access_via", ["responses", "chat"]), where + ".access_via"
+        )
+        table[name] = frozenset(access)
+    return table
+
+
+def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
+    """Return *value* if it is an object with no keys but the *allowed* ones."""
+    if not isinstance(value, dict):
+        raise wrong(path, "an object", value)
+    for key in value:
+        if key not in allowed:
+            where = f"{path}.{key}" if path else str(key)
+            raise ConfigError(where, f"unknown key; allowed: {', '.join(sorted(allowed))}")
+    return value
+
+
+def parse_object(cls: Type[T], value: Any, path: str) -> T:
+    """Return a *cls* made of the object *value*; *cls* is a dataclass whose fields are settings."""
+    rows = {row.name: row for row in dataclasses.fields(cls) if row.metadata}  # type: ignore[arg-type]
+    check_object(value, path, rows)
+    found = {}
+    for name, row in rows.items():
+        where = f"{path}.{name}" if path else name
+        if name in value:
+            found[name] = row.metadata["check"](value[name], where)
+        elif row.default is dataclasses.MISSING and row.default_factory is dataclasses.MISSING:
+            raise ConfigError(where, "missing; it must be set")
+    return cls(**found)
+
+
+def an_object(cls: Type[T]) -> Check:
+    return lambda value, path: parse_object(cls, value, path)
+
+
+def a_table(cls: Type[T]) -> Check:
+    """Return a check for an object that maps names of the user's choice to objects of one kind."""
+
+    def check(value: Any, path: str) -> Dict[str, T]:
+        if not isinstance(value, dict):
+            raise wrong(path, "an object", value)
+        if "" in value:
+            raise ConfigError(path, "a name must not be empty")
+        return {name: parse_object(cls, entry, f"{path}.{name}") for name, entry in value.items()}
+
+    return check
+
+
+model_names: Final = a_list(a_string, "a list of model names")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
+    max_buffered_bytes: int = setting(1024 * MIB, a_size, "request bodies held at one time, all clients together")
+    max_header_bytes: int = setting(64 * KIB, a_size, "largest head of a request, and of an upstream's answer")
+    max_connections: int = setting(1024, a_number(1, 10**6, integer=True), "client connections at one time")
+    header_timeout_s: float = setting(15, a_time, "for the whole head of a request")
+    body_timeout_s: float = setting(60, a_time, "for the whole body of a request")
+    connect_timeout_s: float = setting(10, a_time, "to reach an upstream, TLS included")
+    first_byte_timeout_s: float = setting(600, a_time, "until an upstream's answer begins")
+    idle_timeout_s: float = setting(300, a_time, "an upstream silent in the middle of an answer")
+    stall_timeout_s: float = setting(300, a_time, "a client that does not read its answer")
+    client_idle_s: float = setting(75, a_time, "a client's connection without a request")
+    pool_idle_s: float = setting(60, a_time, "an upstream connection without a request; at most 128 idle per target")
+    drain_s: float = setting(30, a_time_or_0, "running answers may take this long after SIGTERM")
+    keepalive_s: float = setting(15, a_time_or_0, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s: float = setting(1800, a_time, "a session moved by a failover returns after this much idle time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    secret: str = setting(REQUIRED, a_secret, "what the client sends", **SECRET)
+    models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    api_base_url: Mapping[str, Tuple[str, ...]] = setting(
+        REQUIRED, base_urls, 'URL, list of replicas, or {"responses": ..., "chat": ...}; demo:// is built in'
+    )
+    models: Mapping[str, FrozenSet[str]] = setting(
+        REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
+    )
+    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer", **SECRET)
+    auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
+    account: Optional[str] = setting(None, a_string, "who can read its encrypted_content; default: the provider")
+    headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", **SECRET)
+    session_headers: Tuple[str, ...] = setting(
+        SESSION_SPELLINGS, a_list(one_of(*SESSION_SPELLINGS), "a list of spellings"), "the spellings that leave"
+    )
+    affinity_headers: Tuple[str, ...] = setting(
+        (), a_list(a_field_name, "a list of header names"), "further headers that receive the session value"
+    )
+    wait_on_429_s: float = setting(0, a_time_or_0, "wait this long in all before a 429 is handed on")
+    ca_file: Optional[str] = setting(None, a_string, "PEM file of CAs, added to the system's roots")
+    connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
+    enabled: bool = setting(True, a_flag, "false takes it out")
+    name: str = ""
+
+    def account_name(self) -> str:
+        return self.account or self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class AliasTarget:
+    provider: str = setting(REQUIRED, a_string, "name of a provider")
+    model: str = setting(REQUIRED, a_string, "the provider's name of the model")
+    weight: float = setting(1, a_number(0.001, 1000), "share of the sessions")
+    group: int = setting(1, a_number(1, 1000, integer=True), "used when every target of lower groups is out")
+    enabled: bool = setting(True, a_flag, "false takes it out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    targets: Tuple[AliasTarget, ...] = setting(
+        REQUIRED, a_list(an_object(AliasTarget), "a list of targets"), "where the alias leads"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One place a request can go: a replica of a provider, and the model's name there."""
+
+    provider: Provider
+    base_url: str
+    model: str
+    weight: float = 1
+    group: int = 1
+
+    @property
+    def id(self) -> str:
+        """What rendezvous hashing, load and cooldown know it by: the same in every process and after a restart."""
+        return f"{self.provider.name} {self.base_url} {self.model}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    providers: Mapping[str, Provider] = setting(REQUIRED, a_table(Provider), "upstreams by name")
+    host: str = setting("127.0.0.1", a_string, "address to listen on")
+    port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
+    keys: Mapping[str, Key] = setting(dataclasses.MISSING, a_table(Key), "clients' keys by name", default_factory=dict)
+    allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
+    hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
+    models: Mapping[str, Alias] = setting(dataclasses.MISSING, a_table(Alias), "aliases by name", default_factory=dict)
+    limits: Limits = setting(dataclasses.MISSING, an_object(Limits), "sizes, times", default_factory=Limits)  # noqa: RUF009
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether *host*, a name or address with or without brackets, is this machine only."""
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 6.3
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -> Any:
+    """Return *value* with ${NAME} and ${NAME:-default} replaced in every string; a default also stands for ""."""
+    if isinstance(value, dict):
+        return {key: expand_variables(item, variables, f"{path}.{key}" if path else key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand_variables(item, variables, f"{path}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(found: "re.Match[str]") -> str:
+        name, default = found.group(1), found.group(2)
+        if default is not None:
+            return variables.get(name) or default
+        if name not in variables:
+            raise ConfigError(
+                path, f"the environment variable {name} is not set (${{{name}:-default}} gives a default)"
+            )
+        return variables[name]
+
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value)
+
+
+def model_list(config: Config) -> List[str]:
+    """Return the names a client may use, in the order of the file; not "*", which stands for names unknown here."""
+    names = dict.fromkeys(config.models)
+    for provider in config.providers.values():
+        if provider.enabled:
+            names.update(dict.fromkeys(name for name in provider.models if name != "*"))
+    return [name for name in names if any(targets_of(config, name, api) for api in ("responses", "chat"))]
+
+
+def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
+    """Return every target that *model* can mean for *api*; empty if the name is unknown or all of it is disabled.
+
+    Looked for in this order: an alias; direct/<provider>/<model>; the providers that name the model; those that
+    have "*", unless the name is configured anywhere.
+    """
+    if model in config.models:
+        return tuple(
+            target
+            for entry in config.models[model].targets
+            if entry.enabled
+            for target in replicas(config.providers[entry.provider], entry.model, api, entry.weight, entry.group)
+        )
+    providers = config.providers.values()
+    if model.startswith("direct/"):
+        name, _, upstream_model = model[len("direct/") :].partition("/")
+        if name in config.providers and upstream_model:
+            return replicas(config.providers[name], upstream_model, api)
+    if model == "*":
+        return ()
+    wildcard = not any(model in provider.models for provider in providers)
+    return tuple(
+        target
+        for provider in providers
+        if wildcard or model in provider.models
+        for target in replicas(provider, model, api)
+    )
+
+
+def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
+    """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
+    if models is None:
+        found = [
+            Target(provider, url, "")
+            for provider in config.providers.values()
+            if provider.enabled
+            for url in provider.api_base_url.get("responses", ())
+        ]
+    else:
+        reachable = [target for name in models for target in targets_of(config, name, "responses")]
+        found = [Target(target.provider, target.base_url, "") for target in reachable]
+    return tuple({target.id: target for target in found}.values())
+
+
+def replicas(provider: Provider, model: str, api: str, weight: float = 1, group: int = 1) -> Tuple[Target, ...]:
+    access = provider.models.get(model, provider.models.get("*", frozenset()))
+    if not provider.enabled or api not in access:
+        return ()
+    return tuple(Target(provider, url, model, weight, group) for url in provider.api_base_url.get(api, ()))
+
+
+def check_aliases(config: Config) -> None:
+    """Refuse aliases that lead nowhere, and what the demo upstream does not speak."""
+    for name, provider in config.providers.items():
+        if any(url == "demo://" for url in provider.api_base_url.get("chat", ())):
+            raise ConfigError(f"providers.{name}.api_base_url.chat", "demo:// speaks the Responses API only")
+    for name, alias in config.models.items():
+        for index, target in enumerate(alias.targets):
+            where = f"models.{name}.targets[{index}]"
+            if target.provider not in config.providers:
+                raise ConfigError(
+                    f"{where}.provider",
+                    f"no such provider: {target.provider}; there are: {', '.join(sorted(config.providers))}",
+                )
+            models = config.providers[target.provider].models
+            if target.model not in models and "*" not in models:
+                raise ConfigError(
+                    f"{where}.model",
+                    f"{target.provider} has no model {target.model}; it has: {', '.join(sorted(models))}",
+                )
+        if not alias.targets:
+            raise ConfigError(f"models.{name}.targets", "expected at least one target")
+
+
+def check_keys(config: Config) -> None:
+    """Refuse two keys that cannot be told apart, and lists that name a model which does not exist."""
+    secrets_seen: Dict[str, str] = {}
+    for name, key in config.keys.items():
+        if key.secret in secrets_seen:
+            raise ConfigError(f"keys.{name}.secret", f"the same secret as keys.{secrets_seen[key.secret]}")
+        secrets_seen[key.secret] = name
+    for name, key in config.keys.items():
+        for index, model in enumerate(key.models or ()):
+            if not any(targets_of(config, model, api) for api in ("responses", "chat")):
+                known = ", ".join(model_list(config)) or "none"
+                raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
+
+
+def parse_config(value: Any) -> Config:
+    """Return the Config that decoded and expanded JSON describes; ConfigError names the path of what is wrong."""
+    config = parse_object(Config, value, "")
+    if not config.providers:
+        raise ConfigError("providers", "expected at least one provider")
+    named = {name: dataclasses.replace(provider, name=name) for name, provider in config.providers.items()}
+    config = dataclasses.replace(config, providers=named)
+    check_aliases(config)
+    check_keys(config)
+    if not config.keys and not config.allow_anonymous and not is_loopback(config.host):
+        raise ConfigError(
+            "host",
+            f"{config.host} is not a loopback address and there are no keys: set keys, or allow_anonymous to true",
+        )
+    return config
+
+
+def render_reference() -> str:
+    """Return every configuration key with its default and description, one a line; --help and the README have it."""
+    lines = []
+    for title, cls in (
+        ("", Config),
+        ("keys.NAME", Key),
+        ("providers.NAME", Provider),
+        ("models.NAME", Alias),
+        ("models.NAME.targets[]", AliasTarget),
+        ("limits", Limits),
+    ):
+        for row in dataclasses.fields(cls):
+            if row.metadata:
+                path = f"{title}.{row.name}" if title else row.name
+                lines.append(f"  {path:<40} {row.metadata['text']}{default_note(row)}")
+    return "\n".join(lines)
+
+
+def default_note(row: "dataclasses.Field[Any]") -> str:
+    if row.default is dataclasses.MISSING:
+        return "" if row.default_factory is not dataclasses.MISSING else " (required)"
+    if row.default is None or row.default == ():
+        return ""
+    return f" ({json.dumps(row.default)})"
+
+
+# ---------------------------------------------------------------------------
+# 4  Messages -- Headers, read_request_head, read_answer_head, body readers, parse_json_body, decode_content.
+#    Bytes in, values or an error out.  What two parsers could read differently is refused (RFC 9112 2 to 7, 11.2).
+# ---------------------------------------------------------------------------
+
+Field = Tuple[str, str]
+
+REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+FIELD_LINE: Final = re.compile(
+    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)"
+    rb"[ \t]*"
+)
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
+AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
+BARE_LF: Final = re.compile(rb"(?<!\r)\n")
+BARE_CR: Final = re.compile(rb"\r(?!\n|\Z)")
+
+
+class Headers:
+    """Header fields in the order they came, duplicates kept, names compared without case.  Never changed."""
+
+    __slots__ = ("_index", "fields")
+
+    def __init__(self, fields: Iterable[Field]) -> None:
+        self.fields: Tuple[Field, ...] = tuple(fields)
+        self._index: Dict[str, List[str]] = {}
+        for name, value in self.fields:
+            self._index.setdefault(name.lower(), []).append(value)
+
+    def get(self, name: str) -> Optional[str]:
+        """Return the first value of *name* (lower case), or None."""
+        values = self._index.get(name)
+        return values[0] if values else None
+
+    def all(self, name: str) -> List[str]:
+        return self._index.get(name, [])
+
+    def tokens(self, name: str) -> List[str]:
+        """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
+        return [token for value in self.all(name) for token in (t.strip().lower() for t in value.split(",")) if token]
+
+    def end_to_end(self) -> "Headers":
+        """Return these fields without the hop-by-hop ones and those that Connection names (RFC 9110 7.6.1)."""
+        dropped = HOP_BY_HOP.union(self.tokens("connection"))
+        return Headers(field for field in self.fields if field[0].lower() not in dropped)
+
+
+class RequestHead(NamedTuple):
+    method: str
+    target: str  # as it stands in the request line
+    path: str
+    query: str  # with its "?", or ""
+    authority: Optional[str]  # of the absolute-form, else of Host
+    version: int  # the minor version: 0 or 1
+    headers: Headers
+
+
+class AnswerHead(NamedTuple):
+    status: int
+    reason: str
+    version: int
+    headers: Headers
+
+
+def find_head_end(data: bytes, limit: int) -> int:
+    """Return the length of the head in *data* with its empty line, or -1 if it is not complete yet.
+
+    Raises what can be known early, so that a peer that will never send the empty line is not waited for: a TLS
+    hello, a bare LF, a first line that is no HTTP.  *limit* is limits.max_header_bytes.
+    """
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[: end + 4]
+    if head[:1] == b"\x16":
+        raise MalformedHTTP("this is a TLS handshake on a plain HTTP port; use http:// in the base URL")
+    if len(head) > limit:
+        if b"\r\n" not in head[:REQUEST_LINE_BYTES]:
+            raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
+        raise ProxyError("headers_too_large", f"the header section is larger than limits.max_header_bytes ({limit})")
+    if BARE_LF.search(head) or BARE_CR.search(head):
+        raise MalformedHTTP("a line ends in something else than CRLF")
+    if end < 0:
+        line, complete, _ = head.partition(b"\r\n")
+        if len(line) > REQUEST_LINE_BYTES:
+            raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
+        if complete:
+            read_request_line(line)
+        return -1
+    return end + 4
+
+
+def read_request_line(line: bytes) -> Tuple[str, str, int]:
+    """Return method, target and minor version (RFC 9112 3)."""
+    if len(line) > REQUEST_LINE_BYTES:
+        raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
+    found = REQUEST_LINE.fullmatch(line)
+    if not found:
+        raise MalformedHTTP("the request line is not: method SP target SP HTTP/1.1")
+    if found.group(3) != b"1":
+        raise ProxyError("http_version_not_supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    return found.group(1).decode("ascii"), found.group(2).decode("ascii"), min(int(found.group(4)), 1)
+
+
+def read_fields(lines: Sequence[bytes]) -> Headers:
+    """Return the fields of a header section's *lines*; values are decoded as Latin-1, so no byte is lost."""
+    fields = []
+    for line in lines:
+        found = FIELD_LINE.fullmatch(line)
+        if not found:
+            raise MalformedHTTP('a header line is not: name ":" value (no folding, no control characters)')
+        fields.append((found.group(1).decode("ascii"), found.group(2).decode("latin-1")))
+    return Headers(fields)
+
+
+def read_request_head(head: bytes) -> RequestHead:
+    """Return the request head in *head*, which ends with its empty line."""
+    lines = head[:-4].split(b"\r\n")
+    method, target, version = read_request_line(lines[0])
+    headers = read_fields(lines[1:])
+    hosts = headers.all("host")
+    if len(hosts) > 1 or (not hosts and version):
+        raise MalformedHTTP("expected exactly one Host field")
+    authority = hosts[0] if hosts else None
+    if authority is not None and not AUTHORITY.fullmatch(authority):
+        raise MalformedHTTP("the Host field is not a host name with an optional port")
+    path = target
+    if re.match(r"(?i)https?://", target):  # absolute-form, and Host gives way to it (RFC 9112 3.2.2)
+        authority, slash, rest = target.split("://", 1)[1].partition("/")
+        path = slash + rest
+        if not AUTHORITY.fullmatch(authority):
+            raise MalformedHTTP("the request target has no valid host")
+    if not path.startswith("/") or "#" in path:
+        raise MalformedHTTP("the request target is not a path")
+    path, mark, query = path.partition("?")
+    return RequestHead(method, target, path, mark + query, authority, version, headers)
+
+
+def request_framing(head: RequestHead) -> Optional[int]:
+    """Return how the body's end is known: its length, 0 for no body, None for chunked (RFC 9112 6.3)."""
+    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
+    if codings:
+        # 1. Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
+        if lengths or head.version == 0:
+            raise MalformedHTTP("Transfer-Encoding cannot stand beside Content-Length, nor in HTTP/1.0")
+        # 2. Nothing but exactly chunked.
+        if len(codings) > 1 or codings[0].lower() != "chunked":
+            raise ProxyError("not_implemented", "the only transfer coding spoken here is chunked")
+        return None
+    # 3. One length, digits only.
+    return read_length(lengths) or 0
+
+
+def read_length(lengths: Sequence[str]) -> Optional[int]:
+    if not lengths:
+        return None
+    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+        raise MalformedHTTP("expected one Content-Length of decimal digits")
+    return int(lengths[0])
+
+
+def read_answer_head(head: bytes) -> AnswerHead:
+    """Return the answer head in *head*, which ends with its empty line; UpstreamError if it is not strict HTTP."""
+    if BARE_LF.search(head) or BARE_CR.search(head):
+        raise UpstreamError("a line of the answer's head ends in something else than CRLF", "upstream_invalid_response")
+    lines = head[:-4].split(b"\r\n")
+    found = STATUS_LINE.fullmatch(lines[0])
+    if not found:
+        raise UpstreamError("the answer does not begin with an HTTP/1.1 status line", "upstream_invalid_response")
+    try:
+        headers = read_fields(lines[1:])
+    except MalformedHTTP as error:
+        raise UpstreamError(error.message, "upstream_invalid_response") from None
+    return AnswerHead(int(found.group(2)), (found.group(3) or b"").decode("latin-1"), int(found.group(1)), headers)
+
+
+def answer_body(head: AnswerHead) -> "BodyReader":
+    """Return the reader for this answer's body (RFC 9112 6.3).  No HEAD is ever sent upstream."""
+    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
+    if head.status in (204, 304):
+        return LengthBody(0)
+    if codings:
+        if lengths or head.version == 0 or len(codings) > 1 or codings[0].lower() != "chunked":
+            raise UpstreamError("the answer's Transfer-Encoding is not exactly chunked", "upstream_invalid_response")
+        return ChunkedBody()
+    try:
+        length = read_length(lengths)
+    except MalformedHTTP as error:
+        raise UpstreamError("in the answer: " + error.message, "upstream_invalid_response") from None
+    return CloseBody() if length is None else LengthBody(length)
+
+
+class BodyReader:
+    """Takes a body out of a byte stream that is split anywhere.
+
+    feed() returns the payload in *data*; once done is true, rest holds what follows the body.  at_end() says whether
+    the end of the stream is the end of the body.  Malformed framing raises MalformedHTTP.
+    """
+
+    done = False
+    rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def at_end(self) -> bool:
+        return self.done
+
+
+class LengthBody(BodyReader):
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        payload = data[: self.left] if len(data) > self.left else data
+        self.left -= len(payload)
+        if not self.left:
+            self.done = True
+            self.rest = data[len(payload) :]
+        return payload
+
+
+class CloseBody(BodyReader):
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def at_end(self) -> bool:
+        return True
+
+
+class ChunkedBody(BodyReader):
+    """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
+
+    def __init__(self) -> None:
+        self._held = b""  # an incomplete line
+        self._left = 0  # of the current chunk, with the CRLF behind it
+        self._trailers = False
+        self._trailer_bytes = 0
+        self._sizes: Dict[bytes, int] = {}  # lines seen: an event stream repeats a few sizes thousands of times
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        payload: List[bytes] = []
+        position, end = 0, len(data)
+        while position < end and not self.done:
+            if self._left:
+                position = self._take(data, position, payload)
+                continue
+            newline = data.find(b"\r\n", position, position + CHUNK_LINE_BYTES)
+            if newline < 0:
+                self._hold(data[position:])
+                break
+            line = data[position:newline]
+            position = newline + 2
+            if self._trailers:
+                self._read_trailer(line)
+            else:
+                size = self._sizes.get(line)
+                if size is None:
+                    size = self._read_size(line)
+                stop = position + size
+                if size and stop + 2 <= end and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                    payload.append(data[position:stop])
+                    position = stop + 2
+                elif size:
+                    self._left = size + 2
+                else:
+                    self._trailers = True
+        if self.done:
+            self.rest = data[position:]
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _take(self, data: bytes, position: int, payload: List[bytes]) -> int:
+        """Take what is there of an incomplete chunk and its CRLF; return the new position."""
+        if self._left > 2:
+            part = data[position : position + self._left - 2]
+            payload.append(part)
+            self._left -= len(part)
+            position += len(part)
+        while self._left <= 2 and self._left and position < len(data):
+            if data[position] != (13 if self._left == 2 else 10):
+                raise MalformedHTTP("a chunk is not followed by CRLF")
+            self._left -= 1
+            position += 1
+        return position
+
+    def _hold(self, part: bytes) -> None:
+        if len(part) >= CHUNK_LINE_BYTES or BARE_LF.search(part) or BARE_CR.search(part):
+            raise MalformedHTTP("a chunk line is too long or does not end in CRLF")
+        if not self._trailers and not re.match(rb"[0-9A-Fa-f\r]", part):
+            raise MalformedHTTP("a chunk size is not hexadecimal")
+        self._held = part
+
+    def _read_size(self, line: bytes) -> int:
+        found = CHUNK_LINE.fullmatch(line)
+        if not found:
+            raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
+        if len(self._sizes) > 64:
+            self._sizes.clear()
+        size = self._sizes[line] = int(found.group(1), 16)
+        return size
+
+    def _read_trailer(self, line: bytes) -> None:
+        if not line:
+            self.done = True
+            return
+        self._trailer_bytes += len(line)
+        if self._trailer_bytes > CHUNK_LINE_BYTES:
+            raise MalformedHTTP("the trailer section is too large")
+        read_fields([line])
+
+
+def refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def bounded_int(digits: str) -> int:
+    if len(digits) > MAX_INT_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+# Interpreters with CPython's own bound keep the fast C conversion; 3.8 to 3.10 without it get ours.
+JSON_DECODER: Final = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
+)
+JSON_SPACE: Final = re.compile(r"[ \t\n\r]*")
+
+
+def skip_space(text: str, position: int) -> int:
+    found = JSON_SPACE.match(text, position)
+    return found.end() if found else position
+
+
+class JsonBody(NamedTuple):
+    """A request body: its text, its members, and where the value of each member stands in the text."""
+
+    text: str
+    members: Dict[str, Any]
+    spans: Dict[str, Tuple[int, int]]
+
+
+def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:  # noqa: C901 -- one walk, in the order of the grammar
+    """Return the JSON object in *raw*, member by member, so that the span of each value is known without a second pass.
+
+    Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
+    digits.  The error says line and column.
+    """
+    try:
+        text = str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ProxyError(
+            "invalid_json", f"the body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
+        ) from None
+    members: Dict[str, Any] = {}
+    spans: Dict[str, Tuple[int, int]] = {}
+    try:
+        position = skip_space(text, 0)
+        if text[position : position + 1] != "{":
+            JSON_DECODER.decode(text)
+            raise ProxyError("invalid_request", "the body must be a JSON object")
+        position = skip_space(text, position + 1)
+        closed = text[position : position + 1] == "}"
+        while not closed:
+            if text[position : position + 1] != '"':
+                raise json.JSONDecodeError("expected a member name in double quotes", text, position)
+            name, position = JSON_DECODER.raw_decode(text, position)
+            position = skip_space(text, position)
+            if text[position : position + 1] != ":":
+                raise json.JSONDecodeError('expected ":"', text, position)
+            start = skip_space(text, position + 1)
+            value, position = JSON_DECODER.raw_decode(text, start)
+            if name in members and name == "model":
+                raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
+            members[name] = value
+            spans[name] = (start, position)
+            position = skip_space(text, position)
+            closed = text[position : position + 1] == "}"
+            if not closed:
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError('expected "," or "}"', text, position)
+                position = skip_space(text, position + 1)
+        position = skip_space(text, position + 1)
+        if position != len(text):
+            raise json.JSONDecodeError("expected nothing after the object", text, position)
+    except json.JSONDecodeError as error:
+        raise ProxyError(
+            "invalid_json", f"the body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise ProxyError("invalid_json", "the body is not valid JSON: nested too deeply") from None
+    except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
+        raise ProxyError("invalid_json", f"the body is not valid JSON: {error}") from None
+    return JsonBody(text, members, spans)
+
+
+def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> Union[bytes, bytearray, None]:
+    """Return *raw* without its Content-Encoding, or None if this program cannot decode it.
+
+    Never returns more than *limit* bytes; ProxyError if there are more, or the encoding is damaged.
+    """
+    if encoding in ("", "identity"):
+        return raw
+    if encoding in ("gzip", "x-gzip"):
+        return inflate(raw, 31, "gzip", limit)
+    if encoding == "deflate":  # RFC 9110 8.4.1.2 means zlib; some senders leave its wrapper out
+        return inflate(raw, 15 if raw[:1] and raw[0] & 15 == 8 else -15, "deflate", limit)
+    return None
+
+
+def inflate(raw: Union[bytes, bytearray], window: int, encoding: str, limit: int) -> bytes:
+    out = bytearray()
+    try:
+        while True:
+            inflater = zlib.decompressobj(window)
+            out += inflater.decompress(raw, limit + 1 - len(out))
+            if len(out) > limit:
+                raise ProxyError(
+                    "content_too_large", f"the decoded body is larger than limits.max_body_bytes ({limit})"
+                )
+            if not inflater.eof:
+                raise ProxyError("invalid_request", f"the {encoding} body ends too early")
+            raw = inflater.unused_data
+            if not raw:
+                return bytes(out)
+            if window != 31:  # gzip may have several members (RFC 1952 2.2), zlib has one
+                raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
+    except zlib.error:
+        raise ProxyError("invalid_request", f"the {encoding} body is damaged") from None
+
+
+# ---------------------------------------------------------------------------
+# 5  Policy -- route_of, check_origin, find_key, session_of, outbound_fields, answer_fields, replace_model, mask.
+#    No I/O, no clock.
+# ---------------------------------------------------------------------------
+
+PREFIX: Final = re.compile(r"(?:/v1|/backend-api)?(?:/codex)?(?=/)")
+
+
+class Route(NamedTuple):
+    """A row of the table of routes: what it is called in logs, which methods it knows, what it does with them."""
+
+    name: str  # the path as the table of routes has it
+    path: str  # the part behind the prefix, as it travels upstream
+    action: str  # "forward", "stored" (an earlier response), "models", "health", "websocket"
+    api: str = "responses"
+    id: str = ""
+
+    @property
+    def is_forwarded(self) -> bool:
+        return self.action in ("forward", "stored")
+
+
+ID: Final = r"(?P<id>[A-Za-z0-9_-]{1,200})"
+# pattern of the path behind the prefix, its name in logs, method to action, api
+ROUTES: Final = tuple(
+    (re.compile(pattern), name, actions, api)
+    for pattern, name, actions, api in (
+        (r"/responses", "/responses", {"POST": "forward"}, "responses"),
+        (r"/responses/compact", "/responses/compact", {"POST": "forward"}, "responses"),
+        (r"/responses/input_tokens", "/responses/input_tokens", {"POST": "forward"}, "responses"),
+        (rf"/responses/{ID}", "/responses/{id}", {"GET": "stored", "DELETE": "stored"}, "responses"),
+        (rf"/responses/{ID}/cancel", "/responses/{id}/cancel", {"POST": "stored"}, "responses"),
+        (rf"/responses/{ID}/input_items", "/responses/{id}/input_items", {"GET": "stored"}, "responses"),
+        (r"/chat/completions", "/chat/completions", {"POST": "forward"}, "chat"),
+        (r"/models", "/models", {"GET": "models", "HEAD": "models"}, "responses"),
+        (r"/models/(?P<id>.+)", "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
+        (r"/health", "/health", {"GET": "health", "HEAD": "health"}, "responses"),
+    )
+)
+
+
+def route_of(head: RequestHead) -> Route:
+    """Return the route that *head* asks for; ProxyError 404, or 405 with Allow, if there is none."""
+    prefix = PREFIX.match(head.path)
+    path = head.path[prefix.end() :] if prefix else head.path
+    for pattern, name, actions, api in ROUTES:
+        found = pattern.fullmatch(path)
+        if not found:
+            continue
+        if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
+            return Route(name, path, "websocket")
+        if head.method in actions:
+            return Route(name, path, actions[head.method], api, found.groupdict().get("id", ""))
+        allowed = ", ".join(actions)
+        raise ProxyError(
+            "method_not_allowed", f"{name} knows {allowed}, not {head.method}", fields=[("Allow", allowed)]
+        )
+    known = ", ".join(name for _, name, _, _ in ROUTES)
+    raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}")
+
+
+def check_origin(head: RequestHead, config: Config) -> None:
+    """Refuse what a web page of another site could send through a browser, where no key protects us.
+
+    A page may post text/plain to any loopback port without asking first, and a name under its control can be made
+    to point here (DNS rebinding): Origin, Sec-Fetch-Site and Host tell.  Programs send none of the first two.
+    """
+    if config.keys:
+        return
+    names = {name.lower() for name in config.hosts}
+
+    def is_ours(authority: str) -> bool:
+        host = authority[: authority.rfind(":")] if re.search(r":[0-9]*$", authority) else authority
+        return is_loopback(host) or host.lower() in names
+
+    for origin in head.headers.all("origin"):
+        if not is_ours(origin.partition("://")[2]):
+            raise ProxyError(
+                "forbidden_origin", "web pages of other sites may not use this proxy; configure keys to allow it"
+            )
+    if "cross-site" in head.headers.tokens("sec-fetch-site"):
+        raise ProxyError(
+            "forbidden_origin", "web pages of other sites may not use this proxy; configure keys to allow it"
+        )
+    guarded = is_loopback(config.host) or names
+    if guarded and head.authority is not None and not is_ours(head.authority):
+        raise ProxyError(
+            "forbidden_origin", f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
+        )
+
+
+class Identity(NamedTuple):
+    """Who asks: the name of the key (None without keys), the label after its colon, the field it came in."""
+
+    name: Optional[str] = None
+    label: Optional[str] = None
+    field: str = ""
+    models: Optional[Tuple[str, ...]] = None
+
+
+def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
+    """Return whose key *headers* carry; ProxyError 401 if none of *keys* is there.
+
+    Authorization: Bearer KEY, Authorization: KEY or x-api-key: KEY; KEY may be followed by ":label".  Every key is
+    compared in full, in constant time, so that no answer time tells how much of a guess was right.
+    """
+    if not keys:
+        return Identity()
+    found: Optional[Identity] = None
+    offered = 0
+    for field in ("authorization", "x-api-key"):
+        values = headers.all(field)
+        if len(values) > 1:
+            raise ProxyError("invalid_api_key", f"expected one {field} field, found {len(values)}")
+        for value in values:
+            offered += 1
+            scheme, _, rest = value.partition(" ")
+            token = rest.strip() if field == "authorization" and scheme.lower() == "bearer" else value
+            for name, key in keys.items():
+                label = key_label(token, key.secret)
+                if label is not None and found is None:
+                    found = Identity(name, label or None, field, key.models)
+    if found is None:
+        raise ProxyError(
+            "invalid_api_key",
+            "no API key; send Authorization: Bearer KEY" if not offered else "the API key is not known here",
+        )
+    return found
+
+
+def key_label(token: str, secret: str) -> Optional[str]:
+    """Return the label in *token* ("" for none) if its key is *secret*, else None."""
+    offered = token.encode("latin-1")
+    wanted = secret.encode("ascii")
+    exact = hmac.compare_digest(offered, wanted)
+    labelled = hmac.compare_digest(offered[: len(wanted) + 1], wanted + b":")
+    if exact:
+        return ""
+    return re.sub(r"[^\x20-\x7e]", "?", token[len(secret) + 1 :])[:64] if labelled else None
+
+
+class Session(NamedTuple):
+    """Which conversation a request belongs to: the value that leaves (None for none) and where it was found."""
+
+    value: Optional[str] = None
+    source: Optional[str] = None
+
+    @property
+    def digest(self) -> Optional[str]:
+        """What a log may show of it."""
+        return None if self.value is None else text_digest(self.value)[:12]
+
+
+def text_digest(text: str) -> str:
+    """Return SHA-256 in hex.  Header values were read as Latin-1: their bytes are hashed, not the mojibake."""
+    try:
+        raw = text.encode("latin-1")
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(raw).hexdigest()
+
+
+def cache_key(members: Mapping[str, Any]) -> Optional[str]:
+    """Return the body's prompt_cache_key, in the form of a header value: UTF-8 bytes read as Latin-1."""
+    value = members.get("prompt_cache_key")
+    if not isinstance(value, str) or not value:
+        return None
+    return value.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
+def session_of(headers: Headers, members: Mapping[str, Any]) -> Session:
+    """Return the session value: the first of SESSION_SOURCES that is not empty, else prompt_cache_key."""
+    for name in SESSION_SOURCES:
+        for value in headers.all(name):
+            if value:
+                return Session(value, name)
+    key = cache_key(members)
+    return Session(key, "prompt_cache_key") if key else Session()
+
+
+def routing_value(value: str) -> str:
+    """Return *value* if any backend takes it in a header, else its SHA-256: the Codex backend refuses more than 64
+    characters, stripping some would make distinct sessions collide, and CR or LF must never pass."""
+    return value if re.fullmatch(r"[\x21-\x7e]{1,64}", value) else text_digest(value)
+
+
+def outbound_fields(
+    headers: Headers,
+    provider: Provider,
+    session: Session,
+    request_id: Optional[str],
+    *,
+    keep_turn_state: bool = True,
+    keep_encoding: bool = True,
+    key_field: str = "",
+) -> List[Field]:
+    """Return the fields that go upstream, but for Host and Content-Length, which the transport sets.
+
+    *headers* are the client's end-to-end fields.  *request_id* is the fallback for x-client-request-id,
+    *key_field* the field in which one of our own keys was found.
+    """
+    static = {name.lower() for name, _ in provider.headers}
+    dropped = REBUILT | static
+    if provider.auth == "passthrough":
+        dropped |= {key_field}
+    else:
+        dropped |= CREDENTIALS
+    dropped |= {name for name in SESSION_SPELLINGS if name not in provider.session_headers}
+    if not keep_turn_state:
+        dropped |= {TURN_STATE}
+    if not keep_encoding:
+        dropped |= {"content-encoding"}
+    fields = [field for field in headers.fields if field[0].lower() not in dropped]
+    present = static.union(name.lower() for name, _ in fields)
+
+    def add(name: str, value: Optional[str]) -> None:
+        if value and name.lower() not in present:
+            fields.append((name, routing_value(value)))
+            present.add(name.lower())
+
+    for name in (*provider.session_headers, *provider.affinity_headers):
+        add(name, session.value)
+    add("x-client-request-id", request_id)
+    if provider.auth != "passthrough" and provider.api_key and "authorization" not in static:
+        fields.append(("Authorization", "Bearer " + provider.api_key))
+    if "accept-encoding" not in static:
+        fields.append(("Accept-Encoding", "identity"))
+    return fields + list(provider.headers)
+
+
+def is_event_stream(headers: Headers) -> bool:
+    return (headers.get("content-type") or "").partition(";")[0].strip().lower() == "text/event-stream"
+
+
+def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[Field]:
+    """Return the answer's fields for the client, but for its framing.
+
+    *renamed* is (client's model, upstream's model) where an alias renamed it: Codex warns of a rerouted model when
+    openai-model is not what it asked for.
+    """
+    end_to_end = head.headers.end_to_end()
+    fields = []
+    for name, value in end_to_end.fields:
+        lower = name.lower()
+        if lower in ("set-cookie", "content-length"):
+            continue
+        if renamed and lower == "openai-model":
+            value = renamed[0]
+        fields.append((name, value))
+    if is_event_stream(end_to_end):
+        if end_to_end.get("cache-control") is None:
+            fields.append(("Cache-Control", "no-cache, no-transform"))
+        if end_to_end.get("x-accel-buffering") is None:
+            fields.append(("X-Accel-Buffering", "no"))
+    return fields
+
+
+def replace_model(body: JsonBody, model: str) -> bytes:
+    """Return the body with the value of its top-level "model" replaced and every other byte as it was."""
+    start, end = body.spans["model"]
+    return (body.text[:start] + json.dumps(model) + body.text[end:]).encode("utf-8")
+
+
+def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
+    """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
+    for secret in secrets_sent:
+        text = text.replace(secret, b"*" * len(secret))
+    return text
+
+
+def render_fields(fields: Iterable[Field]) -> bytes:
+    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
+
+
+def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:
+    """Return fields and JSON body of an error that the proxy itself makes."""
+    detail = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    return [*error.fields, ("x-plexus-error", error.code)], render_json({"error": detail})
+
+
+def render_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+# ---------------------------------------------------------------------------
+# 6  Placement -- rendezvous_score, plan_targets, is_movable, cooldown_s, fingerprint_of; Remembered, Fleet.
+#    Decisions are functions of targets, load and clock; Fleet holds what they look at, each map behind its own lock.
+# ---------------------------------------------------------------------------
+
+
+class Snapshot(NamedTuple):
+    """What a decision is made of, besides the targets: their load and health, and what is remembered."""
+
+    open_requests: Mapping[str, int]
+    cooling: FrozenSet[str]  # ids of targets in their cooldown
+    owner: Optional[str] = None  # the target that issued the response id or turn state that the request carries
+    pin: Optional[str] = None  # the target that a failover moved this session to
+
+
+class Plan(NamedTuple):
+    """The targets in the order in which they are tried, why the first is first, and where the session belongs."""
+
+    targets: Tuple[Target, ...]
+    reason: str
+    home: str  # id of the target that the hash alone would choose
+
+
+def rendezvous_score(key: str, target: Target) -> float:
+    """Return the weight of *target* for *key*; the highest wins (highest random weight hashing, weighted).
+
+    A stable digest, never hash(): every process, Python version and restart computes the same order, so removing a
+    target moves only the sessions that were on it.
+    """
+    digest = hashlib.blake2b(f"{key}\0{target.id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    unit = ((int.from_bytes(digest, "big") >> 12) + 0.5) / 2**52  # in (0, 1), never rounded to 1
+    return -target.weight / math.log(unit)
+
+
+def load_limit(target: Target, group: Sequence[Target], open_requests: Mapping[str, int]) -> float:
+    """Return how many requests *target* may have open: 1.25 times its fair share of the group's, at least 4."""
+    total = 1 + sum(open_requests.get(other.id, 0) for other in group)
+    share = total * target.weight / sum(other.weight for other in group)
+    return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
+
+
+def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
+    """Return the order in which *targets* (at least one) are tried for the session *key*.
+
+    1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
+    2. *bound* (only its maker can read previous_response_id and encrypted_content): targets of that account alone.
+    3. A target that cools down is tried last rather than never.
+    4. Bounded load: the first of the order gives way to the next of its group that has room.
+    """
+    if len(targets) == 1:
+        return Plan(tuple(targets), "only", targets[0].id)
+    order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
+    home = order[0]
+    reason = "rendezvous"
+    for name, remembered in (("owner", snapshot.owner), ("pin", snapshot.pin)):
+        first = next((target for target in order if target.id == remembered), None)
+        if first is not None:
+            reason = name
+            order.remove(first)
+            order.insert(0, first)
+            break
+    if bound:
+        account = order[0].provider.account_name()
+        order = [target for target in order if target.provider.account_name() == account]
+    order.sort(key=lambda target: target.id in snapshot.cooling)  # stable: otherwise the order stays
+    if reason == "rendezvous":
+        peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
+        roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
+        first = next(roomy, peers[0])
+        if first is not order[0]:
+            reason = "overflow"
+            order.remove(first)
+            order.insert(0, first)
+    return Plan(tuple(order), reason, home.id)
+
+
+def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Target]) -> bool:
+    """Say whether a session that *served* answered stays there, away from its home.
+
+    After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
+    when the load has gone; not across accounts, since the next turn carries what only this account can read.
+    """
+    home = next((target for target in targets if target.id == plan.home), served)
+    if served.id == home.id:
+        return False
+    moved_by_load = plan.reason == "overflow" and attempts == 1
+    return not moved_by_load or served.provider.account_name() != home.provider.account_name()
+
+
+def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
+    """Return how long a target rests after its *failures*-th failure in a row; what it asked for itself wins."""
+    if retry_after is not None:
+        return retry_after
+    return float(min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S))
+
+
+def retry_after_of(headers: Headers, now: float) -> Optional[float]:
+    """Return the seconds that retry-after-ms or Retry-After (seconds or an HTTP date) ask for; *now* is Unix time."""
+    milliseconds = headers.get("retry-after-ms") or ""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", milliseconds):
+        return float(milliseconds) / 1000
+    value = headers.get("retry-after") or ""
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(value)
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except (TypeError, ValueError, IndexError):  # what it raises on junk differs between versions
+        return None
+    return max(0.0, date.timestamp() - now)
+
+
+def fingerprint_of(members: Mapping[str, Any]) -> str:
+    """Return what stands for the session value in placement when there is none; it never leaves the proxy.
+
+    Model, instructions and first input item stay the same from turn to turn; of a chat, the first two messages.
+    """
+    items = members.get("input", members.get("messages"))
+    first = items[: 2 if "messages" in members else 1] if isinstance(items, list) else items
+    return text_digest(json.dumps([members.get("model"), members.get("instructions"), first], sort_keys=True))
+
+
+ENCRYPTED: Final = re.compile(r'"encrypted_content"\s*:\s*"')
+
+
+def is_bound(body: JsonBody) -> bool:
+    """Say whether only the account that made it can read something in the request.
+
+    encrypted_content may lie at any depth of the input.  An unescaped quote cannot stand inside a JSON string, so in
+    text that has been parsed this search finds members only, and needs no second parse.
+    """
+    if body.members.get("previous_response_id"):
+        return True
+    start, end = body.spans.get("input", (0, 0))
+    return ENCRYPTED.search(body.text, start, end) is not None
+
+
+class Remembered:
+    """A bounded map of text to text that forgets what was longest unused.  One lock, held for a few lines only."""
+
+    def __init__(self, maximum: int = MAX_REMEMBERED) -> None:
+        self._lock = threading.Lock()  # protects _entries
+        self._entries: collections.OrderedDict[str, Tuple[str, float]] = collections.OrderedDict()
+        self._maximum = maximum
+
+    def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[str]:
+        """Return what *key* stands for, and count that as use; None if unknown, or idle for more than *idle_s*."""
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is None or now - entry[1] > idle_s:
+                return None
+            self._entries[key] = (entry[0], now)
+            return entry[0]
+
+    def put(self, key: str, value: str, now: float) -> None:
+        with self._lock:
+            self._entries.pop(key, None)
+            self._entries[key] = (value, now)
+            while len(self._entries) > self._maximum:
+                self._entries.popitem(last=False)
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            self._entries.pop(key, None)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+
+class Fleet:
+    """What is known of the targets and sessions while the program runs.  Lost at a restart, and nothing breaks."""
+
+    def __init__(self) -> None:
+        self.pins = Remembered()  # session -> target id
+        self.owners = Remembered()  # response id or turn state, as digest -> target id
+        self._load_lock = threading.Lock()  # protects _open
+        self._open: Dict[str, int] = {}
+        self._health_lock = threading.Lock()  # protects _failures
+        self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
+
+    def snapshot(
+        self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
+    ) -> Snapshot:
+        ids = [target.id for target in targets]
+        with self._load_lock:
+            open_requests = {name: self._open.get(name, 0) for name in ids}
+        with self._health_lock:
+            cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
+        return Snapshot(open_requests, cooling, owner, pin)
+
+    def opened(self, target: Target) -> None:
+        with self._load_lock:
+            self._open[target.id] = self._open.get(target.id, 0) + 1
+
+    def closed(self, target: Target) -> None:
+        with self._load_lock:
+            left = self._open.get(target.id, 0) - 1
+            if left > 0:
+                self._open[target.id] = left
+            else:
+                self._open.pop(target.id, None)
+
+    def failed(self, target: Target, now: float, retry_after: Optional[float] = None) -> None:
+        with self._health_lock:
+            failures = self._failures.get(target.id, (0, 0.0))[0] + 1
+            self._failures[target.id] = (failures, now + cooldown_s(failures, retry_after))
+
+    def succeeded(self, target: Target) -> None:
+        with self._health_lock:
+            self._failures.pop(target.id, None)
+
+
+# ---------------------------------------------------------------------------
+# 7  Observation -- new_record, ResponseIds.  Copies of what passes in, values out; the relay never waits for it.
+# ---------------------------------------------------------------------------
+
+RECORD_MEMBERS: Final = (
+    ("ts", "id", "key", "label", "client", "method", "route", "model", "upstream_model", "provider", "target", "status")
+    + ("error", "attempts", "stream", "ttfb_ms", "duration_ms", "bytes_in", "bytes_out", "session", "session_source")
+    + ("placement",)
+)
+RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
+
+
+def new_record(started: float, request_id: str, client: str) -> Dict[str, Any]:
+    """Return the access log record of a request that began at *started* (Unix time); null is what is not known."""
+    record: Dict[str, Any] = dict.fromkeys(RECORD_MEMBERS)
+    milliseconds = int(started * 1000) % 1000
+    record["ts"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(started)) + f".{milliseconds:03d}Z"
+    record.update(id=request_id, client=client, attempts=0, bytes_in=0, bytes_out=0)
+    return record
+
+
+class ResponseIds:
+    """Finds the response id near the beginning of an answer that is split anywhere; found is it, or None."""
+
+    def __init__(self) -> None:
+        self._start: Optional[bytes] = b""
+        self.found: Optional[str] = None
+
+    def feed(self, payload: bytes) -> bool:
+        """Return True once, when the id has been found.  It stands in the first event, within the first 16 KiB."""
+        if self._start is None:
+            return False
+        self._start += payload[: 16 * KIB]
+        found = RESPONSE_ID.search(self._start)
+        if found or len(self._start) >= 16 * KIB:
+            self._start = None
+        self.found = found.group(1).decode("ascii") if found else None
+        return found is not None
+
+
+# ---------------------------------------------------------------------------
+#    Below this line: sockets, threads, clock, files.
+# ---------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------
+# 8  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections.  Knows no client and no
+#    policy.  The errors of the operating system and of TLS become those of room 2 here, and nowhere else.
+# ---------------------------------------------------------------------------
+
+BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+MAX_IDLE_PER_ORIGIN: Final = 128
+GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
+
+
+def receive(sock: socket.socket) -> Optional[bytes]:
+    """Return what has arrived on a non-blocking socket, b"" at its end, None if nothing is there.  May raise OSError.
+
+    TLS hands out one record of at most 16 KiB a call, and what it has already decrypted wakes no selector.
+    """
+    try:
+        data = sock.recv(RECEIVE_BYTES)
+        if data and isinstance(sock, ssl.SSLSocket):
+            parts = [data]
+            while sock.pending():
+                parts.append(sock.recv(RECEIVE_BYTES))
+            data = b"".join(parts)
+        return data
+    except BLOCKED:
+        return None
+
+
+def wait_ready(sock: socket.socket, events: int, deadline: float, is_gone: Callable[[], bool]) -> int:
+    """Wait until *sock* is ready for one of *events* (selectors' bits); return those it is ready for.
+
+    Raises TimeoutError at *deadline* (monotonic), ClientGone within a second of is_gone() turning true.
+    """
+    with selectors.DefaultSelector() if not hasattr(select, "poll") else selectors.PollSelector() as selector:
+        selector.register(sock, events)
+        while True:
+            if is_gone():
+                raise ClientGone
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            for _, ready in selector.select(min(left, GONE_CHECK_S)):
+                return ready
+
+
+class UpstreamConnection:
+    """A connection to an upstream with at most one request under way.  Owned by whoever holds it; ends in close()."""
+
+    __slots__ = ("idle_since", "origin", "reused", "sock", "whole")
+
+    def __init__(self, sock: socket.socket, origin: Tuple[str, ...]) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.reused = False
+        self.whole = True  # the request left completely
+        self.idle_since = 0.0
+
+    def is_usable(self) -> bool:
+        """Say whether an idle connection is still open and silent: the upstream may have closed it meanwhile.
+
+        A TLS upstream may have sent session tickets; reading handles them and finds nothing else.
+        """
+        try:
+            self.sock.recv(1)
+        except BLOCKED:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class Pool:
+    """Idle upstream connections by origin, the most recently used first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects _idle and _closed
+        self._idle: Dict[Tuple[str, ...], List[UpstreamConnection]] = {}
+        self._closed = False
+
+    def take(self, origin: Tuple[str, ...]) -> Optional[UpstreamConnection]:
+        while True:
+            with self._lock:
+                idle = self._idle.get(origin)
+                connection = idle.pop() if idle else None
+            if connection is None or connection.is_usable():
+                return connection
+            connection.close()
+
+    def put(self, connection: UpstreamConnection, now: float) -> None:
+        connection.idle_since, connection.reused = now, True
+        with self._lock:
+            idle = self._idle.setdefault(connection.origin, [])
+            surplus = connection if self._closed or len(idle) >= MAX_IDLE_PER_ORIGIN else None
+            if not surplus:
+                idle.append(connection)
+        if surplus:
+            surplus.close()
+
+    def expire(self, before: float) -> None:
+        """Close what has been idle since *before*; the oldest stand first."""
+        expired: List[UpstreamConnection] = []
+        with self._lock:
+            for origin, idle in list(self._idle.items()):
+                while idle and idle[0].idle_since < before:
+                    expired.append(idle.pop(0))
+                if not idle:
+                    del self._idle[origin]
+        for connection in expired:
+            connection.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self.expire(math.inf)
+
+
+class OutboundRequest(urllib.request.Request):
+    """A request with its header fields exactly as given: urllib's own table would change their case and merge them."""
+
+    def __init__(
+        self,
+        target: Target,
+        path: str,
+        method: str,
+        fields: Sequence[Field],
+        body: Union[bytes, bytearray, None],
+        is_gone: Callable[[], bool],
+        fresh: bool,
+    ) -> None:
+        super().__init__(target.base_url + path, method=method)
+        self.target = target
+        self.fields = fields
+        self.body = body
+        self.is_gone = is_gone
+        self.fresh = fresh  # not over a pooled connection
+
+    def render_head(self) -> bytes:
+        fields: List[Field] = []
+        if not any(name.lower() == "host" for name, _ in self.fields):
+            fields.append(("Host", self.host))
+        fields += self.fields
+        if self.body is not None:
+            fields.append(("Content-Length", str(len(self.body))))
+        return f"{self.get_method()} {self.selector} HTTP/1.1\r\n".encode("latin-1") + render_fields(fields) + b"\r\n"
+
+
+class Transport(urllib.request.BaseHandler):
+    """The only handler of our opener: http, https and demo URLs over pooled connections.
+
+    urllib's default opener follows redirects with the key, obeys http_proxy, raises on 4xx and 5xx, names itself as
+    User-Agent and closes every connection; an OpenerDirector that holds this handler alone does none of that.
+    """
+
+    def __init__(self, config: Config, connect_demo: Callable[[], socket.socket]) -> None:
+        """Load the CA files of the https providers; ConfigError names one that cannot be used."""
+        self._limits = config.limits
+        self._connect_demo = connect_demo
+        self._pool = Pool()
+        self._contexts: Dict[str, ssl.SSLContext] = {}
+        self._session_lock = threading.Lock()  # protects _sessions
+        self._sessions: Dict[Tuple[str, ...], ssl.SSLSession] = {}
+        for name, provider in config.providers.items():
+            urls = [url for urls in provider.api_base_url.values() for url in urls]
+            if any(url.startswith("https:") for url in urls):
+                self._contexts[name] = make_tls_context(provider)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self)
+
+    def send(self, request: OutboundRequest) -> UpstreamConnection:
+        """Send *request*; return the connection on which its answer will come.
+
+        UpstreamError, ClientGone.  A connection that breaks while the body is being sent is
+        returned all the same (whole is false): the upstream may have answered before it closed.
+        """
+        connection: UpstreamConnection = self._opener.open(request, timeout=None)
+        return connection
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Take back a connection whose answer has been read to its end."""
+        if isinstance(connection.sock, ssl.SSLSocket):
+            with self._session_lock:  # TLS 1.3 sends its tickets after the handshake: now they are here
+                session = connection.sock.session
+                if session is not None:
+                    self._sessions[connection.origin] = session
+        self._pool.put(connection, time.monotonic())
+
+    def expire(self, now: float) -> None:
+        self._pool.expire(now - self._limits.pool_idle_s)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def http_open(self, request: OutboundRequest) -> UpstreamConnection:
+        provider = request.target.provider
+        origin = (request.type, request.host, provider.name)
+        connection = None if request.fresh else self._pool.take(origin)
+        if connection is None:
+            deadline = time.monotonic() + (provider.connect_timeout_s or self._limits.connect_timeout_s)
+            connection = UpstreamConnection(self._connect(request, origin, deadline), origin)
+        try:
+            self._send(connection, request)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    https_open = http_open
+    demo_open = http_open
+
+    def _connect(self, request: OutboundRequest, origin: Tuple[str, ...], deadline: float) -> socket.socket:
+        provider = request.target.provider
+        if request.type == "demo":
+            sock = self._connect_demo()
+            sock.setblocking(False)
+            return sock
+        parts = urllib.parse.urlsplit(request.target.base_url)
+        host, port = parts.hostname or "", parts.port or (443 if request.type == "https" else 80)
+        name = f"{host}:{port}"
+        try:
+            sock = connect_tcp(host, port, deadline, request.is_gone)
+        except TimeoutError:
+            raise UpstreamError(
+                f"no connection to {name} within the connect_timeout_s of {provider.name}", "upstream_timeout"
+            ) from None
+        except socket.gaierror as error:
+            raise UpstreamError(f"cannot resolve {host}: {error.strerror}") from None
+        except OSError as error:
+            raise UpstreamError(f"cannot connect to {name}: {error.strerror or error}") from None
+        if request.type == "http":
+            return sock
+        try:
+            return self._start_tls(sock, host, provider, origin, deadline, request.is_gone)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, TimeoutError):
+                raise UpstreamError(
+                    f"no TLS handshake with {name} within the connect_timeout_s of {provider.name}", "upstream_timeout"
+                ) from None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise UpstreamError(
+                    f"the certificate of {name} is not trusted: {error.verify_message}; "
+                    f"set providers.{provider.name}.ca_file if a private CA signed it"
+                ) from None
+            if isinstance(error, OSError):
+                reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
+                raise UpstreamError(f"TLS with {name} failed: {reason}") from None
+            raise
+
+    def _start_tls(
+        self,
+        sock: socket.socket,
+        host: str,
+        provider: Provider,
+        origin: Tuple[str, ...],
+        deadline: float,
+        is_gone: Callable[[], bool],
+    ) -> socket.socket:
+        with self._session_lock:
+            session = self._sessions.get(origin)
+        # A ragged end must be an error: for a body that ends with the connection it is a cut.
+        tls = self._contexts[provider.name].wrap_socket(
+            sock,
+            server_hostname=host,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=False,
+            session=session,
+        )
+        try:
+            while True:
+                try:
+                    tls.do_handshake()
+                    return tls
+                except ssl.SSLWantReadError:
+                    wait_ready(tls, selectors.EVENT_READ, deadline, is_gone)
+                except ssl.SSLWantWriteError:
+                    wait_ready(tls, selectors.EVENT_WRITE, deadline, is_gone)
+        except BaseException:
+            tls.close()
+            raise
+
+    def _send(self, connection: UpstreamConnection, request: OutboundRequest) -> None:
+        """Send head and body, in one piece if small; stop where the upstream answers or breaks before the end."""
+        provider = request.target.provider
+        deadline = time.monotonic() + (provider.first_byte_timeout_s or self._limits.first_byte_timeout_s)
+        head, body = request.render_head(), request.body or b""
+        pieces = [head + body] if len(body) <= 128 * KIB else [head, body]
+        for piece in pieces:
+            view = memoryview(piece)
+            while len(view):
+                try:
+                    sent = connection.sock.send(view[: 4 * MIB])
+                    view = view[sent:]
+                    continue
+                except BLOCKED:
+                    pass
+                except OSError:
+                    connection.whole = False
+                    return
+                try:
+                    # TLS is readable for reasons of its own (tickets): there the end of the request is waited for.
+                    events = selectors.EVENT_WRITE | (selectors.EVENT_READ if request.type == "http" else 0)
+                    ready = wait_ready(connection.sock, events, deadline, request.is_gone)
+                except TimeoutError:
+                    raise UpstreamError(
+                        f"{request.host} did not take the request within the first_byte_timeout_s of {provider.name}",
+                        "upstream_timeout",
+                    ) from None
+                if ready == selectors.EVENT_READ:
+                    connection.whole = False  # an answer before the end of the request: read that instead
+                    return
+
+
+def make_tls_context(provider: Provider) -> ssl.SSLContext:
+    """Return the system's roots plus the provider's ca_file; TLS 1.2 at least, name and expiry checked."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if provider.ca_file is not None:
+        try:
+            context.load_verify_locations(provider.ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            reason = error.strerror if error.errno and not isinstance(error, ssl.SSLError) else "no PEM certificates"
+            raise ConfigError(
+                f"providers.{provider.name}.ca_file", f"cannot use {provider.ca_file}: {reason}"
+            ) from None
+    return context
+
+
+def connect_tcp(host: str, port: int, deadline: float, is_gone: Callable[[], bool]) -> socket.socket:
+    """Return a non-blocking socket connected to the first address of *host* that answers.  May raise OSError."""
+    problem: Optional[OSError] = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+            result = sock.connect_ex(address)
+            if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)):
+                wait_ready(sock, selectors.EVENT_WRITE, deadline, is_gone)
+                result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if result:
+                raise OSError(result, os.strerror(result))
+            return sock
+        except (TimeoutError, ClientGone):  # TimeoutError: ETIMEDOUT of one address looks the same, and is as final
+            sock.close()
+            raise
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem or OSError(errno.EADDRNOTAVAIL, "no address")
+
+
+# ---------------------------------------------------------------------------
+# 9  Relay -- Loop, ClientConnection, Exchange, Answer: one thread that owns every client socket and every running
+#    answer.  Nothing in it blocks: not a send to a slow reader, not the wait for a first byte.
+# ---------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a configuration makes.  Replaced whole on reload; an exchange keeps the one it began with."""
+
+    config: Config
+    transport: Transport
+
+
+class HeldAnswer(NamedTuple):
+    """An error answer that has been read to its end and not been sent: another target is asked first."""
+
+    head: AnswerHead
+    body: bytes
+    target: Target
+
+
+class Exchange:
+    """One request and what becomes of it.
+
+    The loop and one handler thread take turns with it: the loop fills it, start() hands it to a thread,
+    Loop.call() hands it back.  Only is_gone is read by the one while the other may set it.
+    """
+
+    def __init__(self, head: Optional[RequestHead], state: State, record: Dict[str, Any], now: float) -> None:
+        self.head = head
+        self.state = state
+        self.record = record
+        self.started = now  # monotonic
+        self.body = bytearray()
+        self.is_gone = False  # the client has left
+        # What admit() finds.
+        self.route: Optional[Route] = None
+        self.identity = Identity()
+        # What the first turn of the handler finds.
+        self.headers = Headers(())  # end-to-end
+        self.model: Optional[str] = None
+        self.session = Session()
+        self.cache_key: Optional[str] = None
+        self.body_json: Optional[JsonBody] = None  # kept only where a target has another name for the model
+        self.targets: Tuple[Target, ...] = ()
+        self.plan: Optional[Plan] = None
+        self.place_key = ""  # what a pin is remembered by
+        self.owner: Optional[str] = None  # id of the target that issued previous_response_id
+        self.turn_owner: Optional[str] = None  # of the one that minted the turn state
+        self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
+        # What each turn changes.
+        self.tried = 0  # how many targets of the plan
+        self.target: Optional[Target] = None  # the one being asked
+        self.renamed: Optional[Tuple[str, str]] = None  # the client's and the upstream's name of the model
+        self.repeat = False  # ask the same target again, on a fresh connection
+        self.repeated = False
+        self.waited_s = 0.0  # for 429s
+        self.last_answer: Optional[HeldAnswer] = None
+        self.last_error: ProxyError = UpstreamError("no target is enabled")
+
+    def fail(self, code: str) -> None:
+        """Record *code* as the request's error, unless one is recorded already."""
+        if self.record["error"] is None:
+            self.record["error"] = code
+
+
+class Application:
+    """What the loop asks of the rooms below it."""
+
+    def admit(self, exchange: Exchange) -> None:
+        """Set route and identity of a request whose head has come; ProxyError refuses it before its body is read."""
+        raise NotImplementedError
+
+    def start(self, exchange: Exchange, connection: "ClientConnection") -> None:
+        """Go on with *exchange* in a thread of its own: at first, and again for each further target."""
+        raise NotImplementedError
+
+    def done(self, exchange: Exchange) -> None:
+        """*exchange* has ended: write its record."""
+        raise NotImplementedError
+
+    def is_draining(self) -> bool:
+        """Say whether no further request is taken on a connection."""
+        raise NotImplementedError
+
+    state: State
+    fleet: Fleet
+
+
+class Loop:
+    """A selector, calls from other threads, and a tick.  run() returns after stop()."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()  # protects _calls and _woken
+        self._calls: List[Callable[[], None]] = []
+        self._woken = False
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakeups)
+        self._watched: Dict[socket.socket, int] = {}
+        self._stopped = False
+        self.now = time.monotonic()
+        self.on_tick: List[Callable[[float], None]] = []
+        self.on_wake: Callable[[], None] = lambda: None
+        self.on_error: Callable[[str], None] = lambda message: None
+
+    @property
+    def wakeup_fd(self) -> int:
+        """For signal.set_wakeup_fd: a signal ends the wait at once."""
+        return self._wake_write.fileno()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in the loop's thread, soon.  The only method that other threads may use."""
+        with self._lock:
+            self._calls.append((lambda: function(*arguments)) if arguments else function)
+            wake, self._woken = not self._woken, True
+        if wake:
+            with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
+                self._wake_write.send(b"\0")
+
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Call *callback* with the ready events of *sock*; 0 ends it."""
+        known = self._watched.get(sock, 0)
+        if events == known:
+            return
+        if not events:
+            del self._watched[sock]
+            self._selector.unregister(sock)
+            return
+        self._watched[sock] = events
+        if known:
+            self._selector.modify(sock, events, callback)
+        else:
+            self._selector.register(sock, events, callback)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def run(self) -> None:
+        next_tick = 0.0
+        while not self._stopped:
+            ready = self._selector.select(TICK_S)
+            self.now = time.monotonic()
+            for key, events in ready:
+                if self._watched.get(key.fileobj) or key.fileobj is self._wake_read:  # type: ignore[call-overload]
+                    self._guard(key.data, events)
+            with self._lock:
+                calls, self._calls, self._woken = self._calls, [], False
+            for function in calls:
+                self._guard(function)
+            if self.now >= next_tick:
+                next_tick = self.now + TICK_S
+                for tick in self.on_tick:
+                    self._guard(tick, self.now)
+
+    def close(self) -> None:
+        self._selector.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _drain_wakeups(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+        self.on_wake()
+
+    def _guard(self, function: Callable[..., None], *arguments: Any) -> None:
+        """One broken exchange must not end the service of all others."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self.on_error(f"{type(error).__name__} in {getattr(function, '__qualname__', function)}: {error}")
+
+
+class Budget:
+    """Bytes of request bodies held by all clients together.  Used in the loop's thread only."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, count: int, limit: int) -> None:
+        if self.held + count > limit:
+            raise ProxyError("overloaded", f"the request bodies under way fill limits.max_buffered_bytes ({limit})")
+        self.held += count
+
+    def give_back(self, count: int) -> None:
+        self.held -= count
+
+
+class Phase:
+    """What a client connection is doing."""
+
+    IDLE = "idle"  # no byte of a request yet
+    HEAD = "head"
+    BODY = "body"
+    BUSY = "busy"  # a handler thread has the exchange
+    ANSWERING = "answering"  # an answer is awaited or relayed
+    LINGERING = "lingering"  # the last answer is out: read until the client closes
+
+
+READING: Final = (Phase.IDLE, Phase.HEAD, Phase.BODY)
+
+
+class ClientConnection:
+    """A client's connection: strict requests in, answers out, one after the other.  Lives in the loop's thread.
+
+    Where each byte goes: _received collects, _advance reads requests, send() writes answers or keeps what the client
+    does not take yet.  finish() ends an exchange in step with the connection, abort() in the middle of an answer,
+    close() because the client has left.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        app: Application,
+        budget: Budget,
+        sock: socket.socket,
+        peer: str,
+        on_close: "Callable[[ClientConnection], None]",
+    ) -> None:
+        self.loop = loop
+        self.app = app
+        self.sock = sock
+        self.peer = peer
+        self.phase = Phase.IDLE
+        self.exchange: Optional[Exchange] = None
+        self.answer: Optional[Answer] = None
+        self.closing = False  # no further request on this connection
+        self.is_closed = False
+        self.out_bytes = 0
+        self.resume_at = math.inf  # while a 429 is waited for
+        self._budget = budget
+        self._on_close = on_close
+        self._pending = b""  # bytes of the request being read, or of the ones after it
+        self._body: BodyReader = LengthBody(0)
+        self._refusal: Optional[ProxyError] = None  # to be answered once the body has been read
+        self._held = 0  # bytes taken from the budget
+        self._out: Deque[memoryview] = collections.deque()
+        self._head_bytes = b""  # of the answer, until its first bytes leave with it
+        self.is_delimited_by_close = False  # the answer ends with the connection (HTTP/1.0)
+        self._aborted = False  # close without a clean end once the rest is out
+        self.deadline = loop.now + app.state.config.limits.header_timeout_s
+        self._stall_deadline = math.inf
+        self._watch()
+
+    # -- requests in -----------------------------------------------------
+
+    def _watch(self) -> None:
+        if self.is_closed:
+            return
+        busy = self.phase in (Phase.BUSY, Phase.ANSWERING)
+        unread = len(self._pending) > PIPELINE_BYTES if busy else self.out_bytes > HIGH_WATER_BYTES
+        events = 0 if unread or self._aborted else selectors.EVENT_READ
+        if self._out:
+            events |= selectors.EVENT_WRITE
+        self.loop.watch(self.sock, events, self._on_ready)
+
+    def _on_ready(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush()
+        if events & selectors.EVENT_READ and not self.is_closed:
+            try:
+                data = receive(self.sock)
+            except OSError:
+                data = b""
+            if data:
+                self._received(data)
+            elif data is not None:
+                self._on_end()
+
+    def _received(self, data: bytes) -> None:
+        if self.phase == Phase.LINGERING:
+            return
+        self._pending = self._pending + data if self._pending else data
+        if self.phase in READING:
+            self._advance()
+        elif len(self._pending) > PIPELINE_BYTES:
+            self._watch()
+
+    def _on_end(self) -> None:
+        """FIN counts as gone: no agent half-closes, and one that has left must not cost tokens."""
+        exchange = self.exchange
+        if self.phase == Phase.BUSY and exchange and exchange.route and not exchange.route.is_forwarded:
+            self.closing = True  # an answer of our own costs nothing: it may still be wanted
+            self.loop.watch(self.sock, 0, self._on_ready)
+        else:
+            self.close()
+
+    def _advance(self) -> None:
+        """Read as much of a request as is there; stop once one is complete."""
+        if self.is_closed:
+            return
+        try:
+            while self._pending and self.phase in READING and self._read_some(self.app.state.config.limits):
+                pass
+        except ProxyError as error:
+            self._refuse(error)
+        self._watch()
+
+    def _read_some(self, limits: Limits) -> bool:
+        """Take one step through the pending bytes; False if more of them are needed."""
+        if self.phase == Phase.IDLE:
+            if self._pending.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before a request is ignored
+                self._pending = self._pending[2:]
+                return True
+            self.phase = Phase.HEAD
+            self.deadline = self.loop.now + limits.header_timeout_s
+        if self.phase == Phase.HEAD:
+            end = find_head_end(self._pending, limits.max_header_bytes)
+            if end < 0:
+                return False
+            raw, self._pending = self._pending[:end], self._pending[end:]
+            self._begin(read_request_head(raw), limits)
+        self._read_body(limits)
+        return True
+
+    def _begin(self, head: RequestHead, limits: Limits) -> None:
+        """Decide on a request by its head, before its body is read."""
+        length = request_framing(head)
+        self._body = ChunkedBody() if length is None else LengthBody(length)
+        self.phase = Phase.BODY
+        self.deadline = self.loop.now + limits.body_timeout_s
+        self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
+        exchange = self.exchange = self._new_exchange(head)
+        expectation = head.headers.tokens("expect")
+        try:
+            if expectation not in ([], ["100-continue"]):
+                raise ProxyError("expectation_failed", "the only expectation met here is 100-continue")
+            self.app.admit(exchange)
+            if length and length > limits.max_body_bytes:
+                raise ProxyError(
+                    "content_too_large", f"the body is larger than limits.max_body_bytes ({limits.max_body_bytes})"
+                )
+        except ProxyError as error:
+            if error.closes or expectation or (length or 0) > SMALL_BODY_BYTES:
+                raise
+            self._refusal = error  # its body is on the way: read it, or it would be taken for the next request
+        if expectation and head.version and not self._pending and not self._body.done:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _read_body(self, limits: Limits) -> None:
+        body, exchange = self._body, self.exchange
+        if exchange is None:
+            return
+        if not body.done:
+            data, self._pending = self._pending, b""
+            payload = body.feed(data)
+            if body.done:
+                self._pending = body.rest
+            exchange.record["bytes_in"] += len(payload)
+            if self._refusal:
+                if exchange.record["bytes_in"] > SMALL_BODY_BYTES:
+                    raise self._refusal
+            elif payload:
+                if exchange.record["bytes_in"] > limits.max_body_bytes:
+                    raise ProxyError(
+                        "content_too_large", f"the body is larger than limits.max_body_bytes ({limits.max_body_bytes})"
+                    )
+                self._budget.take(len(payload), limits.max_buffered_bytes)
+                self._held += len(payload)
+                exchange.body += payload
+        if body.done:
+            if self._refusal:
+                raise self._refusal
+            self.go_on(exchange)
+
+    def go_on(self, exchange: Exchange) -> None:
+        self.phase, self.deadline, self.resume_at = Phase.BUSY, math.inf, math.inf
+        self.app.start(exchange, self)
+
+    def _new_exchange(self, head: Optional[RequestHead]) -> Exchange:
+        record = new_record(time.time(), "req_" + secrets.token_hex(12), self.peer)
+        if head:
+            record["method"] = head.method[:32]
+        return Exchange(head, self.app.state, record, self.loop.now)
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer a request that cannot be read or may not be served."""
+        if self.exchange is None:
+            self.exchange = self._new_exchange(None)
+        if error.closes or self.phase != Phase.BODY or not self._body.done:
+            self.closing = True  # the bytes that follow cannot be told from a request
+            self._pending = b""
+        self.respond_error(error)
+
+    def drop_body(self) -> None:
+        """The request's body is no longer needed: nothing can fail over any more."""
+        if self.exchange:
+            self.exchange.body = bytearray()
+        self._budget.give_back(self._held)
+        self._held = 0
+
+    # -- answers out -----------------------------------------------------
+
+    def respond_error(self, error: ProxyError) -> None:
+        fields, body = render_error(error)
+        if self.exchange:
+            self.exchange.fail(error.code)
+        self.closing = self.closing or error.closes
+        self.respond(error.status, [("Content-Type", "application/json"), *fields], body)
+
+    def respond(self, status: int, fields: Sequence[Field], body: bytes, reason: Optional[str] = None) -> None:
+        """Send a whole answer and end the exchange with it."""
+        exchange = self.exchange
+        if exchange is None or self.is_closed:
+            return
+        self.begin_answer(status, [*fields, ("Content-Length", str(len(body)))], reason)
+        is_head = exchange.head is not None and exchange.head.method == "HEAD"
+        self.send_payload(b"" if is_head else body, len(body))
+        self.finish()
+
+    def begin_answer(self, status: int, fields: Sequence[Field], reason: Optional[str] = None) -> None:
+        """Render the head; it leaves with the first payload, in one packet."""
+        exchange = self.exchange
+        assert exchange is not None
+        if self.app.is_draining():
+            self.closing = True
+        if reason is None:
+            reason = http.HTTPStatus(status).phrase
+        own: List[Field] = [("x-plexus-request-id", exchange.record["id"])]
+        if self.closing:
+            own.append(("Connection", "close"))
+        line = f"HTTP/1.1 {status} {reason}\r\n".encode("latin-1")
+        self._head_bytes = line + render_fields([*fields, *own]) + b"\r\n"
+        exchange.record["status"] = status
+
+    def send_payload(self, wire: bytes, payload_bytes: int) -> None:
+        """Send *wire*, which carries *payload_bytes* of the answer's body, after the head if that is still here."""
+        exchange = self.exchange
+        assert exchange is not None
+        record = exchange.record
+        if self._head_bytes:
+            wire, self._head_bytes = self._head_bytes + wire, b""
+            record["ttfb_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
+        record["bytes_out"] += payload_bytes
+        self.send(wire)
+
+    def send(self, wire: bytes) -> None:
+        """Send what the client takes now and keep the rest; never blocks."""
+        sent = 0
+        if not self._out:
+            try:
+                sent = self.sock.send(wire)
+            except BLOCKED:
+                pass
+            except OSError:
+                self.close()
+                return
+            if sent == len(wire):
+                return
+            self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
+        self._out.append(memoryview(wire)[sent:])
+        self.out_bytes += len(wire) - sent
+        self._watch()
+
+    def _flush(self) -> None:
+        while self._out:
+            view = self._out[0]
+            try:
+                sent = self.sock.send(view)
+            except BLOCKED:
+                return
+            except OSError:
+                self.close()
+                return
+            self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
+            self.out_bytes -= sent
+            if sent < len(view):
+                self._out[0] = view[sent:]
+                return
+            self._out.popleft()
+        self._stall_deadline = math.inf
+        if self._aborted:
+            self.close()
+            return
+        if self.answer:
+            self.answer.resume()
+        elif self.phase == Phase.LINGERING:
+            self._shut()
+        self._watch()
+
+    def finish(self) -> None:
+        """The answer is complete: write the record, and be ready for the next request or close."""
+        exchange, self.exchange, self.answer = self.exchange, None, None
+        if exchange is None:
+            return
+        self._end_exchange(exchange)
+        self._refusal = None
+        self._body = LengthBody(0)
+        if self.closing or self.app.is_draining():
+            self.phase = Phase.LINGERING
+            self.deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
+            if not self._out:
+                self._shut()
+            self._watch()
+            return
+        self.phase = Phase.IDLE
+        self.deadline = self.loop.now + self.app.state.config.limits.client_idle_s
+        if self._pending:  # a pipelined request; not called from here, or thousands of them would nest
+            self.loop.call(self._advance)
+        self._watch()
+
+    def _end_exchange(self, exchange: Exchange) -> None:
+        self.drop_body()
+        exchange.body = bytearray()
+        exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
+        self.app.done(exchange)
+
+    def _shut(self) -> None:
+        """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
+        and a reset can destroy the answer on its way (RFC 9112 9.6)."""
+        self.deadline = self.loop.now + LINGER_S
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+
+    def abort(self, code: str) -> None:
+        """End an answer that cannot be completed: what came is delivered, then the connection breaks, without the
+        last chunk.  A clean end would be taken for a complete answer."""
+        exchange = self.exchange
+        if exchange is None or self.is_closed:
+            return
+        exchange.fail(code)
+        self.exchange, self.answer = None, None
+        self._end_exchange(exchange)
+        if self.is_delimited_by_close:
+            # Only a reset tells such a client that the body is cut.
+            with contextlib.suppress(OSError):
+                linger = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._aborted = True
+        if self._out:
+            self._watch()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once: the client has left, or has to."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.loop.watch(self.sock, 0, self._on_ready)
+        with contextlib.suppress(OSError):
+            self.sock.close()
+        self._out.clear()
+        exchange, self.exchange = self.exchange, None
+        answer, self.answer = self.answer, None
+        if answer:
+            answer.cancel()
+        if exchange:
+            exchange.is_gone = True
+            if exchange.record["status"] is None:
+                exchange.record["status"] = 499  # as nginx logs it
+            exchange.fail("client_gone")
+            self._end_exchange(exchange)
+        self._on_close(self)
+
+    # -- time ------------------------------------------------------------
+
+    def await_turn(self, seconds: float) -> None:
+        """Ask the targets again after *seconds*: a 429 said so."""
+        self.phase, self.resume_at = Phase.ANSWERING, self.loop.now + seconds
+
+    def tick(self, now: float) -> None:
+        if now > self._stall_deadline:
+            if self.exchange:
+                self.exchange.fail("client_stalled")
+            self.close()
+        elif now > self.resume_at and self.exchange:
+            self.go_on(self.exchange)
+        elif now > self.deadline:
+            self._on_deadline()
+        elif self.answer:
+            self.answer.tick(now)
+
+    def _on_deadline(self) -> None:
+        limits = self.app.state.config.limits
+        if self.phase == Phase.HEAD:
+            self._refuse(
+                ProxyError(
+                    "request_timeout", f"no complete head within limits.header_timeout_s ({limits.header_timeout_s:g})"
+                )
+            )
+        elif self.phase == Phase.BODY:
+            self._refuse(
+                ProxyError(
+                    "request_timeout", f"no complete body within limits.body_timeout_s ({limits.body_timeout_s:g})"
+                )
+            )
+        else:
+            self.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Say whether a request is under way or an answer not yet out."""
+        return self.exchange is not None or bool(self._out)
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer before anything was asked."""
+        self.phase = Phase.HEAD
+        self._refuse(error)
+
+    def end_idle(self) -> None:
+        """Draining: a connection without a request ends at once."""
+        if self.phase == Phase.IDLE and not self._out:
+            self.close()
+        elif self.phase == Phase.HEAD:
+            self.refuse(ProxyError("shutting_down", "the proxy is shutting down"))
+
+
+class Answer:
+    """An upstream's answer on its way to the client; one per target that is asked.  Owns the upstream connection."""
+
+    def __init__(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
+        assert exchange.target is not None
+        self.connection = connection
+        self.exchange = exchange
+        self.upstream: Optional[UpstreamConnection] = upstream
+        self.target: Target = exchange.target
+        self.loop = connection.loop
+        self.fleet = connection.app.fleet
+        limits, provider = exchange.state.config.limits, self.target.provider
+        self._idle_s = provider.idle_timeout_s or limits.idle_timeout_s
+        self._keepalive_s = limits.keepalive_s
+        self._max_head = limits.max_header_bytes
+        self._deadline = time.monotonic() + (provider.first_byte_timeout_s or limits.first_byte_timeout_s)
+        self._secrets = secrets_of(provider)
+        self._start = b""  # of the answer, until its head is complete
+        self._head: Optional[AnswerHead] = None
+        self._body: BodyReader = LengthBody(0)
+        self._held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
+        self._is_chunked = False  # towards the client
+        self._is_events = False  # an event stream into which comments may go
+        self._tail = b"\n\n"  # the last bytes sent: whether the stream is between two events
+        self._quiet_since = self._commented_at = self.loop.now
+        self._ids: Optional[ResponseIds] = None
+        connection.answer = self
+        connection.phase = Phase.ANSWERING
+        self.loop.watch(upstream.sock, selectors.EVENT_READ, self._on_ready)
+
+    # -- the upstream's side ---------------------------------------------
+
+    def _on_ready(self, events: int) -> None:
+        upstream = self.upstream
+        if upstream is None:
+            return
+        try:
+            data = receive(upstream.sock)
+        except OSError as error:
+            self._broken(f"{self._host()} broke the connection: {error.strerror or type(error).__name__}")
+            return
+        if data is None:
+            return
+        if not data:
+            self._ended()
+            return
+        self._quiet_since = self.loop.now
+        try:
+            if self._head is None:
+                data = self._read_head(data)
+                if self._head is None:
+                    return
+            self._take(data)
+        except MalformedHTTP as error:
+            self._invalid(UpstreamError("in the answer: " + error.message, "upstream_invalid_response"))
+        except UpstreamError as error:
+            self._invalid(error)
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Read the head if it is complete and decide what to do with the answer; return what follows it."""
+        self._start += data
+        while True:
+            end = self._start.find(b"\r\n\r\n") + 4
+            if (end if end > 3 else len(self._start)) > self._max_head:
+                raise UpstreamError(
+                    f"the answer's head is larger than limits.max_header_bytes ({self._max_head})",
+                    "upstream_invalid_response",
+                )
+            if end < 4:
+                if not b"HTTP/1.".startswith(self._start[:7]) or BARE_LF.search(self._start):
+                    raise UpstreamError("the answer is not HTTP/1.1", "upstream_invalid_response")
+                return b""
+            head, self._start = read_answer_head(self._start[:end]), self._start[end:]
+            if head.status == 101:
+                raise UpstreamError("101 Switching Protocols was not asked for", "upstream_invalid_response")
+            if head.status >= 200:  # 100, 102 and 103 announce another head
+                break
+        self._body = answer_body(head)
+        self._head = head
+        if head.status >= 400:
+            self._held = bytearray()
+            self._deadline = self.loop.now + HELD_ANSWER_S
+        else:
+            self._deadline = math.inf
+            self._commit(head)
+        rest, self._start = self._start, b""
+        return rest
+
+    def _take(self, data: bytes) -> None:
+        payload = self._body.feed(data)
+        if self._held is None:
+            self._forward(payload)
+            return
+        self._held += payload
+        if self._body.done:
+            self._end_held()
+        elif len(self._held) > HELD_ANSWER_BYTES and self._head:
+            payload, self._held = bytes(self._held), None
+            self._deadline = math.inf
+            self._commit(self._head)
+            self._forward(payload)
+
+    def _ended(self) -> None:
+        """The upstream closed the connection."""
+        if self._head is None:
+            self._broken(f"{self._host()} closed the connection before it answered")
+        elif not self._body.at_end():
+            self._broken(f"{self._host()} closed the connection in the middle of its answer")
+        elif self._held is not None:
+            self._end_held()
+        else:
+            self._body.done = True
+            self._forward(b"")
+
+    def _broken(self, reason: str) -> None:
+        upstream = self.upstream
+        if self._head is not None and self._held is None:
+            self._detach(reusable=False)
+            self.connection.abort("upstream_closed")
+        elif upstream and upstream.reused and not self._start and self._head is None and not self.exchange.repeated:
+            # It was closed while idle, before this request reached it (RFC 9112 9.3.1): once more, on a fresh one.
+            self.exchange.repeat = self.exchange.repeated = True
+            self._next_turn()
+        else:
+            self._failed(UpstreamError(reason))
+
+    def _invalid(self, error: UpstreamError) -> None:
+        """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
+        begun = self._head is not None and self._held is None and self.exchange.record["status"] is not None
+        self._detach(reusable=False)
+        if begun:
+            self.connection.abort(error.code)
+        else:
+            self.connection.respond_error(error)
+
+    def _failed(self, error: ProxyError, retry_after: Optional[float] = None) -> None:
+        self.exchange.last_error = error
+        self.fleet.failed(self.target, self.loop.now, retry_after)
+        self._next_turn()
+
+    def _next_turn(self, reusable: bool = False) -> None:
+        """Back to a handler thread: it asks the next target, or answers."""
+        self._detach(reusable)
+        connection = self.connection
+        connection.answer = None
+        connection.go_on(self.exchange)
+
+    def _end_held(self) -> None:
+        """An error answer is complete: hand it on, unless another target may do better."""
+        head, body = self._head, bytes(self._held or b"")
+        assert head is not None
+        held = self.exchange.last_answer = HeldAnswer(head, body, self.target)
+        if head.status in RETRY_STATUSES:
+            self.fleet.failed(self.target, self.loop.now, retry_after_of(head.headers, time.time()))
+        else:
+            self.fleet.succeeded(self.target)
+        if head.status in self.exchange.passes_on:
+            self._next_turn(reusable=True)
+        else:
+            self._detach(reusable=True)
+            deliver_held(self.connection, held)
+
+    def _host(self) -> str:
+        return urllib.parse.urlsplit(self.target.base_url).netloc or self.target.base_url
+
+    def _detach(self, reusable: bool) -> None:
+        """Let go of the upstream connection: back into the pool if it is at the end of a whole answer."""
+        upstream, self.upstream = self.upstream, None
+        if upstream is None:
+            return
+        self.loop.watch(upstream.sock, 0, self._on_ready)
+        self.fleet.closed(self.target)
+        if reusable and upstream.whole and self._is_persistent():
+            self.exchange.state.transport.release(upstream)
+        else:
+            upstream.close()
+
+    def _is_persistent(self) -> bool:
+        """RFC 9112 9.3, and stricter: surplus bytes are somebody's mistake, so nothing more is read from there."""
+        head = self._head
+        if head is None or self._body.rest or not self._body.done or isinstance(self._body, CloseBody):
+            return False
+        options = head.headers.tokens("connection")
+        return "close" not in options and (head.version == 1 or "keep-alive" in options)
+
+    def cancel(self) -> None:
+        """The client has left: so that no more tokens are made for it, the upstream connection ends now."""
+        self._detach(reusable=False)
+
+    # -- the client's side -----------------------------------------------
+
+    def _commit(self, head: AnswerHead) -> None:
+        """The answer goes to the client: from here on there is no other target."""
+        connection, exchange = self.connection, self.exchange
+        note_success(self.fleet, exchange, self.target, head, self.loop.now)
+        connection.drop_body()
+        fields = masked_fields(answer_fields(head, exchange.renamed), self._secrets)
+        is_stream = is_event_stream(head.headers)
+        exchange.record["stream"] = is_stream
+        if isinstance(self._body, LengthBody):
+            if head.status not in (204, 304):
+                fields.append(("Content-Length", str(self._body.left)))
+        else:
+            self._is_events = is_stream and head.headers.get("content-encoding") is None
+            if exchange.head is not None and exchange.head.version == 1:
+                self._is_chunked = True
+                fields.append(("Transfer-Encoding", "chunked"))
+            else:
+                connection.is_delimited_by_close = connection.closing = True
+        if len(exchange.targets) > 1 and head.status < 300:
+            self._ids = ResponseIds()
+        connection.begin_answer(head.status, fields, head.reason)
+
+    def _forward(self, payload: bytes) -> None:
+        """Pass on one read's payload, and the end of the body with it."""
+        wire = payload
+        if self._is_chunked:
+            if payload:
+                wire = b"%x\r\n%b\r\n" % (len(payload), payload)
+            if self._body.done:
+                wire += b"0\r\n\r\n"
+        if self._is_events and payload:
+            self._tail = (self._tail + payload[-4:])[-4:]
+        if self._ids and payload and self._ids.feed(payload) and self._ids.found:
+            self.fleet.owners.put(text_digest(self._ids.found), self.target.id, self.loop.now)
+        connection = self.connection
+        connection.send_payload(wire, len(payload))
+        if self._body.done:
+            self._detach(reusable=True)
+            connection.finish()
+        elif connection.out_bytes > HIGH_WATER_BYTES and self.upstream:
+            self.loop.watch(self.upstream.sock, 0, self._on_ready)
+
+    def resume(self) -> None:
+        """The client has read what was kept for it: go on reading from the upstream."""
+        if self.upstream:
+            self._quiet_since = self.loop.now
+            self.loop.watch(self.upstream.sock, selectors.EVENT_READ, self._on_ready)
+
+    def tick(self, now: float) -> None:
+        connection = self.connection
+        if self.upstream is None:
+            return
+        if now > self._deadline:
+            if self._held is None:
+                wait = (
+                    self.target.provider.first_byte_timeout_s or self.exchange.state.config.limits.first_byte_timeout_s
+                )
+                self._failed(
+                    UpstreamError(
+                        f"{self._host()} sent no answer within first_byte_timeout_s ({wait:g})", "upstream_timeout"
+                    )
+                )
+            else:
+                self._failed(UpstreamError(f"{self._host()} did not end its error answer", "upstream_timeout"))
+        elif self._head is None or connection.out_bytes:
+            return
+        elif now - self._quiet_since > self._idle_s and self._held is None:
+            self._detach(reusable=False)
+            connection.abort("upstream_timeout")
+        elif self._is_events and self._keepalive_s and now - self._quiet_since > 0:
+            self._keep_alive(now)
+
+    def _keep_alive(self, now: float) -> None:
+        """Send a comment into a silent event stream, between two events, so that idle timeouts on the way rest."""
+        if now - max(self._quiet_since, self._commented_at) < self._keepalive_s:
+            return
+        if self._tail.endswith((b"\n\n", b"\r\n\r\n")):
+            self._commented_at = now
+            comment = b": keepalive\n\n"
+            self.connection.send_payload(b"%x\r\n%b\r\n" % (len(comment), comment) if self._is_chunked else comment, 0)
+
+
+def secrets_of(provider: Provider) -> Tuple[bytes, ...]:
+    """Return the credentials that go to *provider*, for masking."""
+    values = [value.rpartition(" ")[2] for name, value in provider.headers if name.lower() in CREDENTIALS]
+    return tuple(value.encode("ascii") for value in (*values, provider.api_key or "") if len(value) >= 4)
+
+
+def masked_fields(fields: List[Field], secrets_sent: Sequence[bytes]) -> List[Field]:
+    return [(name, mask(value.encode("latin-1"), secrets_sent).decode("latin-1")) for name, value in fields]
+
+
+def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
+    """Send an upstream's error answer as it was, but for our credential in it."""
+    exchange = connection.exchange
+    if exchange is None:
+        return
+    sent = secrets_of(held.target.provider)
+    fields = masked_fields(answer_fields(held.head, exchange.renamed), sent)
+    connection.respond(held.head.status, fields, mask(held.body, sent), held.head.reason)
+
+
+def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerHead, now: float) -> None:
+    """Remember what this answer teaches: the target is well, where the session lies now, who minted the turn state."""
+    fleet.succeeded(target)
+    plan = exchange.plan
+    if plan is None or len(exchange.targets) == 1:
+        return
+    if exchange.place_key:
+        if is_pinned(plan, target, exchange.tried, exchange.targets):
+            fleet.pins.put(exchange.place_key, target.id, now)
+        elif target.id == plan.home:
+            fleet.pins.forget(exchange.place_key)
+    for state in head.headers.all(TURN_STATE):
+        fleet.owners.put(text_digest(state), target.id, now)
+
+
+# ---------------------------------------------------------------------------
+# 10  Handler -- admit, Handler: one turn of one request, in a thread: route, key, JSON, policy, placement, connect.
+#     Every ProxyError ends here (or in room 9, for what cannot be read) as an answer.
+# ---------------------------------------------------------------------------
+
+
+def admit(exchange: Exchange) -> None:
+    """Set the route and identity of *exchange* from its head; ProxyError refuses it before its body is read."""
+    head, config = exchange.head, exchange.state.config
+    assert head is not None
+    route = exchange.route = route_of(head)
+    exchange.record["route"] = route.name
+    if route.action == "websocket":
+        # Before the key: Codex and pi turn to SSE at once on 426, and wait for seconds on anything else.
+        raise ProxyError(
+            "websocket_not_supported", "WebSockets are not spoken here; use POST", fields=[("Upgrade", "HTTP/1.1")]
+        )
+    check_origin(head, config)
+    if route.action != "health":
+        exchange.identity = find_key(head.headers, config.keys)
+        exchange.record.update(key=exchange.identity.name, label=exchange.identity.label)
+    lengths = head.headers.all("content-length"), head.headers.all("transfer-encoding")
+    if route.action == "forward" and not any(lengths):
+        raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A turn of an exchange.  The loop has read the request, so the base class' reader and writer stay unused."""
+
+    server: "Server"
+    request: Tuple[Exchange, ClientConnection]
+
+    def setup(self) -> None:
+        self.exchange, self.connection = self.request
+        self.fleet = self.server.fleet
+
+    def finish(self) -> None:
+        pass
+
+    def handle(self) -> None:
+        route = self.exchange.route
+        assert route is not None
+        try:
+            if route.action == "health":
+                self.answer({"status": "ok"})
+            elif route.action == "models":
+                self.answer(self.models(route))
+            else:
+                self.forward(route)
+        except ProxyError as error:
+            self.server.loop.call(self.connection.respond_error, error)
+        except ClientGone:  # the loop saw it first, and has written the record
+            pass
+
+    def answer(self, value: Any) -> None:
+        fields = [("Content-Type", "application/json")]
+        self.server.loop.call(self.connection.respond, 200, fields, render_json(value))
+
+    def usable_models(self) -> List[str]:
+        """Return the names that this key may use."""
+        allowed = self.exchange.identity.models
+        names = model_list(self.exchange.state.config)
+        return names if allowed is None else list(allowed)
+
+    def models(self, route: Route) -> Dict[str, Any]:
+        """Return OpenAI's list of models, or one of it."""
+        config = self.exchange.state.config
+        entries = []
+        for name in self.usable_models():
+            targets = targets_of(config, name, "responses") or targets_of(config, name, "chat")
+            owner = targets[0].provider.name
+            entries.append({"id": name, "object": "model", "created": self.server.started, "owned_by": owner})
+        if not route.id:
+            return {"object": "list", "data": entries}
+        wanted = urllib.parse.unquote(route.id)
+        for entry in entries:
+            if entry["id"] == wanted:
+                return entry
+        raise self.unknown_model(wanted)
+
+    def unknown_model(self, name: str) -> ProxyError:
+        names = ", ".join(self.usable_models()) or "none"
+        return ProxyError(
+            "model_not_found", f"the model {describe(name)} does not exist here; there are: {names}", param="model"
+        )
+
+    # -- the main job ----------------------------------------------------
+
+    def forward(self, route: Route) -> None:
+        """Ask the next target; hand the connection on which it will answer to the loop."""
+        exchange = self.exchange
+        if exchange.plan is None:
+            if route.action == "stored":
+                self.place_stored(route)
+            else:
+                self.place(route)
+        while True:
+            target = self.next_target()
+            if target is None:
+                self.give_up()
+                return
+            try:
+                upstream = exchange.state.transport.send(self.outbound_request(route, target))
+            except UpstreamError as error:
+                self.fleet.closed(target)
+                self.fleet.failed(target, time.monotonic())
+                exchange.last_error = error
+            except BaseException:
+                self.fleet.closed(target)
+                raise
+            else:
+                self.server.loop.call(self.server.attach, self.connection, exchange, upstream)
+                return
+
+    def place(self, route: Route) -> None:
+        """Read the body as far as routing needs it, and plan which targets are asked."""
+        exchange, config = self.exchange, self.exchange.state.config
+        assert exchange.head is not None
+        headers = exchange.headers = exchange.head.headers.end_to_end()
+        body = self.parse_body(headers, config.limits)
+        if body is None:
+            model, members = None, {}
+            targets = self.only_choice(route, headers)
+        else:
+            members = body.members
+            model = self.model_of(members)
+            targets = targets_of(config, model, route.api)
+            if not targets:
+                if model in model_list(config):
+                    raise ProxyError(
+                        "model_not_found", f"the model {describe(model)} is not served at {route.name}", param="model"
+                    )
+                raise self.unknown_model(model)
+        exchange.model = model
+        exchange.session = session_of(headers, members)
+        exchange.cache_key = cache_key(members)
+        exchange.record.update(model=model, session=exchange.session.digest, session_source=exchange.session.source)
+        exchange.targets = targets
+        if any(target.model != model for target in targets):
+            exchange.body_json = body
+        if len(targets) == 1:
+            exchange.plan = plan_targets(targets, "", Snapshot({}, frozenset()))
+        else:
+            exchange.plan = self.plan(members, body)
+        reason = exchange.plan.reason
+        if model and model.startswith("direct/") and reason in ("only", "rendezvous") and model not in config.models:
+            reason = "direct"
+        exchange.record["placement"] = reason
+
+    def plan(self, members: Mapping[str, Any], body: Optional[JsonBody]) -> Plan:
+        """Choose among several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
+        exchange, now = self.exchange, time.monotonic()
+        owners = self.fleet.owners
+        issued = members.get("previous_response_id")
+        if isinstance(issued, str):
+            exchange.owner = owners.get(text_digest(issued), now)
+        for state in exchange.headers.all(TURN_STATE):
+            exchange.turn_owner = owners.get(text_digest(state), now)
+        value = exchange.session.value
+        key = fingerprint_of(members) if value is None else text_digest(value)
+        exchange.place_key = f"{key} {exchange.model}"
+        pin = self.fleet.pins.get(exchange.place_key, now, exchange.state.config.limits.pin_idle_s)
+        snapshot = self.fleet.snapshot(exchange.targets, now, exchange.owner or exchange.turn_owner, pin)
+        plan = plan_targets(exchange.targets, key, snapshot, bound=body is not None and is_bound(body))
+        if value is None and plan.reason == "rendezvous":
+            plan = plan._replace(reason="fingerprint")
+        return plan
+
+    def parse_body(self, headers: Headers, limits: Limits) -> Optional[JsonBody]:
+        """Return the JSON body, None if its encoding cannot be read here."""
+        encoding = ", ".join(headers.tokens("content-encoding"))
+        raw = decode_content(self.exchange.body, encoding, limits.max_body_bytes)
+        return None if raw is None else parse_json_body(raw)
+
+    def model_of(self, members: Mapping[str, Any]) -> str:
+        model, allowed = members.get("model"), self.exchange.identity.models
+        if not isinstance(model, str):
+            found = "is missing" if "model" not in members else f"is {describe(model)}"
+            raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
+        if allowed is not None and model not in allowed:
+            if not any(targets_of(self.exchange.state.config, model, api) for api in ("responses", "chat")):
+                raise self.unknown_model(model)
+            raise ProxyError(
+                "model_not_allowed",
+                f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}",
+                param="model",
+            )
+        return model
+
+    def only_choice(self, route: Route, headers: Headers) -> Tuple[Target, ...]:
+        """Return the targets for a body that cannot be read, if its model changes nothing about them."""
+        config = self.exchange.state.config
+        providers = [p for p in config.providers.values() if p.enabled and route.api in p.api_base_url]
+        if len(providers) == 1 and not config.models and self.exchange.identity.models is None:
+            return tuple(Target(providers[0], url, "") for url in providers[0].api_base_url[route.api])
+        raise ProxyError(
+            "unsupported_content_encoding",
+            f"the Content-Encoding {describe(headers.get('content-encoding'))} cannot be read here, and the model in "
+            "the body decides where it goes; send it uncompressed (Codex: --disable enable_request_compression)",
+            fields=[("Accept-Encoding", "gzip, deflate, identity")],
+        )
+
+    def place_stored(self, route: Route) -> None:
+        """Plan for a request about an earlier response: its owner, else every upstream in order until one knows it."""
+        exchange = self.exchange
+        assert exchange.head is not None
+        exchange.headers = exchange.head.headers.end_to_end()
+        exchange.session = session_of(exchange.headers, {})
+        exchange.record.update(session=exchange.session.digest, session_source=exchange.session.source)
+        places = places_of(exchange.state.config, exchange.identity.models)
+        if not places:
+            raise ProxyError("not_found", "no upstream that this key may use keeps responses")
+        owner = self.fleet.owners.get(text_digest(route.id), time.monotonic()) or ""
+        owners = tuple(target for target in places if owner.startswith(target.id))
+        exchange.targets = owners or places
+        reason = "owner" if owners else "only" if len(places) == 1 else None
+        exchange.plan = Plan(exchange.targets, reason or "", "")
+        exchange.passes_on = frozenset() if len(exchange.targets) == 1 else frozenset({404})
+        exchange.record["placement"] = reason
+
+    def next_target(self) -> Optional[Target]:
+        """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
+        exchange = self.exchange
+        assert exchange.plan is not None
+        if exchange.repeat:
+            target = exchange.target
+        elif exchange.tried < len(exchange.plan.targets):
+            target = exchange.plan.targets[exchange.tried]
+            exchange.tried += 1
+            exchange.record["attempts"] += 1
+        else:
+            return None
+        assert target is not None
+        exchange.target = target
+        exchange.renamed = (exchange.model, target.model) if exchange.model not in (None, target.model) else None
+        exchange.record.update(
+            provider=target.provider.name, target=target.base_url, upstream_model=target.model or None
+        )
+        self.fleet.opened(target)
+        return target
+
+    def outbound_request(self, route: Route, target: Target) -> OutboundRequest:
+        exchange = self.exchange
+        assert exchange.head is not None
+        renamed = exchange.renamed is not None and exchange.body_json is not None
+        if exchange.turn_owner is not None:
+            keep_turn_state = exchange.turn_owner == target.id
+        else:  # of unknown origin: it can only be from here if there is nowhere else
+            keep_turn_state = len({t.provider.account_name() for t in exchange.targets}) == 1
+        fields = outbound_fields(
+            exchange.headers,
+            target.provider,
+            exchange.session,
+            exchange.cache_key,
+            keep_turn_state=keep_turn_state,
+            keep_encoding=not renamed,
+            key_field=exchange.identity.field,
+        )
+        body: Union[bytes, bytearray, None] = None
+        if renamed and exchange.body_json is not None:
+            body = replace_model(exchange.body_json, target.model)
+        elif exchange.head.method == "POST":
+            body = exchange.body
+        fresh, exchange.repeat = exchange.repeat, False
+        return OutboundRequest(
+            target,
+            route.path + exchange.head.query,
+            exchange.head.method,
+            fields,
+            body,
+            lambda: exchange.is_gone,
+            fresh,
+        )
+
+    def give_up(self) -> None:
+        """No target is left: wait if a 429 may pass, else answer as the last one did that answered at all."""
+        exchange, loop = self.exchange, self.server.loop
+        held = exchange.last_answer
+        if held is None:
+            raise exchange.last_error
+        if held.head.status == 429:
+            pause = retry_after_of(held.head.headers, time.time())
+            pause = 1.0 if pause is None else max(pause, 0.1)
+            if exchange.waited_s + pause <= held.target.provider.wait_on_429_s:
+                exchange.waited_s += pause
+                exchange.tried = 0
+                loop.call(self.connection.await_turn, pause)
+                return
+        loop.call(deliver_held, self.connection, held)
+
+
+# ---------------------------------------------------------------------------
+# 11  Server -- Log, Server: listen, accept, hand to threads, reload, drain, stop.
+# ---------------------------------------------------------------------------
+
+LEVELS: Final = ("error", "warning", "info", "debug")
+MAX_QUEUED_LINES: Final = 10_000
+
+
+class Log:
+    """Lines of JSON to stderr or a file, written by a thread of its own: a full disk or a terminal that was stopped
+    must not stop the service.  What does not fit into the queue is counted and dropped."""
+
+    def __init__(self, path: Optional[str], level: str) -> None:
+        """May raise OSError: the file cannot be opened."""
+        self._level = LEVELS.index(level)
+        self._path = path
+        self._fd = 2 if path is None else self._open(path)
+        self._lines: queue.Queue[Optional[bytes]] = queue.Queue(MAX_QUEUED_LINES)
+        self._dropped = 0  # only ever shown
+        self._reopen = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _open(path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        if self._level >= LEVELS.index("info"):
+            self._put(record)
+
+    def event(self, level: str, message: str, **details: Any) -> None:
+        if self._level >= LEVELS.index(level):
+            stamp = new_record(time.time(), "", "")["ts"]
+            self._put({"ts": stamp, "level": level, "message": message, **details})
+
+    def _put(self, value: Mapping[str, Any]) -> None:
+        try:
+            self._lines.put_nowait(render_json(value))
+        except queue.Full:
+            self._dropped += 1
+
+    def reopen(self) -> None:
+        """Open the file again by its name: it may have been rotated away."""
+        self._reopen.set()
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=1)
+        self._thread.join(2)
+
+    def _run(self) -> None:
+        line = self._lines.get()
+        while line is not None:
+            if self._reopen.is_set() and self._path is not None:
+                self._reopen.clear()
+                with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
+                    fd, self._fd = self._fd, self._open(self._path)
+                    os.close(fd)
+            self._write(line)
+            line = self._lines.get()
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            try:
+                line = line[os.write(self._fd, line) :]
+            except BlockingIOError:
+                time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait, and the queue is bounded
+            except OSError:
+                return  # closed, or the disk is full
+
+
+class Server(http.server.ThreadingHTTPServer, Application):
+    """The listening socket, the loop, the clients, and a thread for each turn of a request."""
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"  # there it would let two programs have the port
+    request_queue_size = 1024  # with the standard 5, a third of 512 streams opened at once were reset
+
+    def __init__(self, state: State, log: Log, reload_state: Callable[[], State]) -> None:
+        """Bind and listen; OSError if that is not possible."""
+        self.state = state
+        self.fleet = Fleet()
+        self.loop = Loop()
+        self.log = log
+        self.started = int(time.time())
+        self._reload_state = reload_state
+        self._budget = Budget()
+        self._clients: Set[ClientConnection] = set()
+        self._signals: Deque[int] = collections.deque()
+        self._draining = False
+        self._drain_deadline = math.inf
+        self._accept_again_at = math.inf
+        host = state.config.host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host.strip("[]"), state.config.port), Handler)
+        self.socket.setblocking(False)
+        self.loop.on_tick.append(self._tick)
+        self.loop.on_wake = self._handle_signals
+        self.loop.on_error = lambda message: self.log.event("error", message)
+
+    def server_bind(self) -> None:
+        # HTTPServer's asks the resolver for the host's name, which can take seconds on a host without network.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def url(self) -> str:
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"http://{host}:{self.server_port}"
+
+    def serve_forever(self, poll_interval: float = TICK_S) -> None:
+        """Run until a signal has drained the server."""
+        self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
+        try:
+            self.loop.run()
+        finally:
+            for client in list(self._clients):
+                client.close()
+            self.server_close()
+            self.state.transport.close()
+
+    # -- what the loop asks (Application) --------------------------------
+
+    def admit(self, exchange: Exchange) -> None:
+        if self._draining:
+            raise ProxyError("shutting_down", "the proxy is shutting down")
+        admit(exchange)
+
+    def start(self, exchange: Exchange, connection: ClientConnection) -> None:
+        try:
+            self.process_request((exchange, connection), connection.peer)  # type: ignore[arg-type]
+        except RuntimeError:  # can't start new thread
+            connection.respond_error(ProxyError("overloaded", "the system has no thread left for this request"))
+
+    def done(self, exchange: Exchange) -> None:
+        self.log.record(exchange.record)
+
+    def is_draining(self) -> bool:
+        return self._draining
+
+    # -- what ThreadingHTTPServer asks -----------------------------------
+
+    def shutdown_request(self, request: Any) -> None:
+        """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        self.log.event("error", f"internal error: {type(error).__name__}: {error}")
+        self.loop.call(
+            request[1].respond_error, ProxyError("internal_error", "internal error; the proxy's log has more")
+        )
+
+    def attach(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
+        """In the loop: relay the answer that will come on *upstream*, unless the client has left meanwhile."""
+        if connection.exchange is exchange:
+            Answer(connection, exchange, upstream)
+        else:
+            upstream.close()
+            if exchange.target:
+                self.fleet.closed(exchange.target)
+
+    # -- clients ---------------------------------------------------------
+
+    def _accept(self, events: int) -> None:
+        for _ in range(64):  # then the running streams have their turn
+            try:
+                sock, address = self.socket.accept()
+            except BLOCKED:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.loop.watch(self.socket, 0, self._accept)
+                    self._accept_again_at = self.loop.now + ACCEPT_PAUSE_S
+                    self.log.event("error", f"cannot accept: {error.strerror}; paused for {ACCEPT_PAUSE_S} s")
+                return  # ECONNABORTED and the like: that client has left
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._welcome(sock, str(address[0]))
+
+    def _welcome(self, sock: socket.socket, peer: str) -> None:
+        limit = self.state.config.limits.max_connections
+        client = ClientConnection(self.loop, self, self._budget, sock, peer, self._clients.discard)
+        if len(self._clients) >= limit:
+            # An idle connection gives way, as in nginx; a client opens another when it has something to say.
+            idle = [other for other in self._clients if other.phase in (Phase.IDLE, Phase.LINGERING)]
+            if idle:
+                min(idle, key=lambda other: other.deadline).close()
+            else:
+                client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
+        self._clients.add(client)
+
+    def _tick(self, now: float) -> None:
+        for client in list(self._clients):
+            client.tick(now)
+        self.state.transport.expire(now)
+        if now > self._accept_again_at and not self._draining:
+            self._accept_again_at = math.inf
+            self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
+        if self._draining and (now > self._drain_deadline or not any(client.is_busy for client in self._clients)):
+            self.loop.stop()
+
+    # -- signals ---------------------------------------------------------
+
+    def catch_signals(self) -> None:
+        """Let signals wake the loop, which handles them between two events.  Main thread only."""
+        signal.set_wakeup_fd(self.loop.wakeup_fd, warn_on_full_buffer=False)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda number, frame: self._signals.append(number))
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            if self._signals.popleft() == getattr(signal, "SIGHUP", None):
+                self.reload()
+            elif self._draining:
+                self.loop.stop()
+            else:
+                self.drain()
+
+    def reload(self) -> None:
+        """Read the configuration again: valid, it is for new requests; invalid, the old one stays."""
+        self.log.reopen()
+        try:
+            state = self._reload_state()
+        except ConfigError as error:
+            self.log.event("error", f"configuration not reloaded: {error}")
+            return
+        old, self.state = self.state, state
+        old.transport.close()
+        self.log.event("warning", "configuration reloaded")
+
+    def drain(self) -> None:
+        """Stop in phases: accept no more, end what is idle, let answers finish; _tick stops the loop."""
+        self._draining = True
+        self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
+        self.loop.watch(self.socket, 0, self._accept)
+        self.socket.close()
+        for client in list(self._clients):
+            client.end_idle()
+
+
+# ---------------------------------------------------------------------------
+# 12  Demo -- DemoBackend: an upstream with several cache shards behind demo://, over a socket pair.  May be skipped.
+# ---------------------------------------------------------------------------
+
+
+class DemoBackend:
+    """Behaves like a Responses backend of 16 machines that each keep the prefixes they have seen.
+
+    A session header leads to the same machine each time, none leads to a random one.  Tokens are a quarter of the
+    JSON's characters; unlike real backends it caches prefixes of any length, so that a short prompt shows it.
+    """
+
+    SHARDS: Final = 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects _shards and _responses
+        self._shards = [Remembered(1000) for _ in range(self.SHARDS)]
+        self._responses = Remembered(100)
+
+    def connect(self) -> socket.socket:
+        """Return a socket on which the demo upstream answers; a thread serves it until that socket is closed."""
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=self._serve, args=(theirs,), name="demo", daemon=True).start()
+        return ours
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            DemoHandler(sock, ("demo", 0), self)  # type: ignore[arg-type]
+
+    def shard_of(self, session: Optional[str]) -> int:
+        if session is None:
+            return random.randrange(self.SHARDS)
+        return int(text_digest(session), 16) % self.SHARDS
+
+    def count_tokens(self, shard: int, request: Mapping[str, Any]) -> Tuple[int, int]:
+        """Return input tokens and how many of them *shard* has cached, and let it cache the rest."""
+        items = request.get("input")
+        parts: List[Any] = [[request.get("model"), request.get("instructions"), request.get("tools")]]
+        parts += items if isinstance(items, list) else [items]
+        digest, total, cached = "", 0, 0
+        for part in parts:
+            text = json.dumps(part)
+            total += max(1, len(text) // 4)
+            digest = text_digest(digest + text)
+            if self._shards[shard].get(digest, 0.0):
+                cached = total
+            self._shards[shard].put(digest, "seen", 0.0)
+        return total, cached
+
+    def remember(self, response: Mapping[str, Any]) -> None:
+        self._responses.put(response["id"], json.dumps(response), 0.0)
+
+    def recall(self, response_id: str) -> Optional[str]:
+        return self._responses.get(response_id, 0.0)
+
+    def forget(self, response_id: str) -> None:
+        self._responses.forget(response_id)
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    server: DemoBackend  # type: ignore[assignment]
+    protocol_version = "HTTP/1.1"
+    SEEN: Final = ("session_id", "session-id", "x-client-request-id")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        stored = self.server.recall(self.path.rpartition("/")[2])
+        if stored is None:
+            self._send_json(404, {"error": {"message": "no such response", "type": "invalid_request_error"}})
+        else:
+            self._send_json(200, json.loads(stored))
+
+    def do_DELETE(self) -> None:
+        response_id = self.path.rpartition("/")[2]
+        self.server.forget(response_id)
+        self._send_json(200, {"id": response_id, "object": "response", "deleted": True})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding"):
+            return self._send_json(
+                415, {"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}
+            )
+        request = json.loads(body)
+        shard = self.server.shard_of(self.headers.get("session_id") or self.headers.get("session-id"))
+        total, cached = self.server.count_tokens(shard, request)
+        path = self.path.partition("?")[0]
+        if path.endswith("/input_tokens"):
+            return self._send_json(200, {"object": "response.input_tokens", "input_tokens": total})
+        seen = ", ".join(f"{name}: {self.headers.get(name) or '(none)'}" for name in self.SEEN)
+        text = f"Hello from shard {shard}. I saw {seen}. {cached} of {total} input tokens were cached."
+        response = self._response(request, text, total, cached)
+        if path.endswith("/compact"):
+            response["object"] = "response.compaction"
+            return self._send_json(200, response)
+        self.server.remember(response)
+        if request.get("stream"):
+            return self._stream(response, text)
+        return self._send_json(200, response)
+
+    def _response(self, request: Mapping[str, Any], text: str, total: int, cached: int) -> Dict[str, Any]:
+        words = len(text.split())
+        part = {"type": "output_text", "text": text, "annotations": []}
+        message = {"id": "msg_" + secrets.token_hex(16), "type": "message", "role": "assistant", "content": [part]}
+        return {
+            "id": "resp_" + secrets.token_hex(16),
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "completed",
+            "model": request.get("model"),
+            "output": [{**message, "status": "completed"}],
+            "usage": {
+                "input_tokens": total,
+                "input_tokens_details": {"cached_tokens": cached},
+                "output_tokens": words,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": total + words,
+            },
+        }
+
+    def _stream(self, response: Dict[str, Any], text: str) -> None:
+        """Send the event sequence of the real API, a word at a time."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        begun = {**response, "status": "in_progress", "output": [], "usage": None}
+        item = response["output"][0]
+        part = item["content"][0]
+        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        events: List[Tuple[str, Dict[str, Any]]] = [
+            ("response.created", {"response": begun}),
+            ("response.in_progress", {"response": begun}),
+            (
+                "response.output_item.added",
+                {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
+            ),
+            ("response.content_part.added", {**where, "part": {**part, "text": ""}}),
+            *(("response.output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", text)),
+            ("response.output_text.done", {**where, "text": text}),
+            ("response.content_part.done", {**where, "part": part}),
+            ("response.output_item.done", {"output_index": 0, "item": item}),
+            ("response.completed", {"response": response}),
+        ]
+        for number, (kind, data) in enumerate(events):
+            payload = json.dumps({"type": kind, "sequence_number": number, **data})
+            event = f"event: {kind}\ndata: {payload}\n\n".encode()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
+            if kind == "response.output_text.delta":
+                time.sleep(0.01)  # so that a person sees it stream
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _send_json(self, status: int, value: Any) -> None:
+        body = render_json(value)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+# ---------------------------------------------------------------------------
+# 13  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
+# ---------------------------------------------------------------------------
+
+STARTER: Final = """\
+{
+  "host": "127.0.0.1",
+  "port": 4000,
+  "providers": {
+    "demo": {
+      "api_base_url": "demo://",
+      "models": ["demo-model"]
+    }
+  }
+}
+"""
+
+
+def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="plexus_lite.py",
+        description="A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.",
+        epilog="configuration keys (default):\n" + render_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        default="serve",
+        choices=("serve", "init"),
+        help="serve (default), or init: print a starter",
+    )
+    parser.add_argument(
+        "--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)"
+    )
+    parser.add_argument("--host", help="listen on this address instead of the configuration's")
+    parser.add_argument("--port", type=int, help="listen on this port instead; 0 = any free one")
+    parser.add_argument("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
+    parser.add_argument(
+        "--log-level", choices=LEVELS, default="info", help="info has a line for each request (default)"
+    )
+    parser.add_argument("--version", action="version", version=f"plexus_lite {__version__}")
+    return parser.parse_args(arguments)
+
+
+def read_config(path: str, options: argparse.Namespace) -> Config:
+    """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
+    except FileNotFoundError:
+        raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
+    except OSError as error:
+        raise ConfigError("", f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError("", "is not UTF-8 text") from None
+    if not text.strip():
+        raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
+    try:
+        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("", f"is not valid JSON: {error}") from None
+    value = expand_variables(value, os.environ)
+    if isinstance(value, dict):
+        value.update(
+            {name: given for name, given in vars(options).items() if name in ("host", "port") and given is not None}
+        )
+    return parse_config(value)
+
+
+def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    members: Dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ConfigError("", f"the key {json.dumps(name)} stands twice in one object")
+        members[name] = value
+    return members
+
+
+def raise_descriptor_limit(config: Config) -> None:
+    """Two descriptors a connection: raise the soft limit as far as needed and allowed.  Windows has none."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * config.limits.max_connections + 256
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def say(text: str, fd: int = 1) -> None:
+    """Write a line for the operator; stdout or stderr may be closed, and that is no reason to stop."""
+    with contextlib.suppress(OSError):
+        os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def serve(options: argparse.Namespace) -> int:
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
+    demo = DemoBackend()
+
+    def load_state() -> State:
+        try:
+            config = read_config(path, options)
+            return State(config, Transport(config, demo.connect))
+        except ConfigError as error:
+            raise ConfigError("", f"{path}: {error}") from None
+
+    try:
+        state = load_state()
+    except ConfigError as error:
+        say(str(error), 2)
+        return EXIT_USAGE
+    try:
+        log = Log(options.log_file, options.log_level)
+    except OSError as error:
+        say(f"--log-file {options.log_file}: cannot be opened: {error.strerror}", 2)
+        return EXIT_USAGE
+    raise_descriptor_limit(state.config)
+    try:
+        server = Server(state, log, load_state)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
+        return EXIT_CANNOT_LISTEN
+    server.catch_signals()
+    say(f"plexus_lite {__version__} listening on {server.url()}")
+    for name, provider in state.config.providers.items():
+        urls = ", ".join(dict.fromkeys(url for urls in provider.api_base_url.values() for url in urls))
+        say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")
+    for name, alias in state.config.models.items():
+        say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
+    server.serve_forever()
+    log.close()
+    return EXIT_OK
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    options = parse_options(arguments)
+    if options.command == "init":
+        say(STARTER.rstrip("\n"))
+        return EXIT_OK
+    return serve(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

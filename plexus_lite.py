@@ -140,6 +140,7 @@ MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones conve
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
 HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
+THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
 COOLDOWN_FIRST_S: Final = 2.0
@@ -236,6 +237,7 @@ class ConfigError(Exception):
 #    out; knows no file.  The name, default, check and description of a key stand together.
 # ---------------------------------------------------------------------------
 
+APIS: Final = ("responses", "chat")
 Check = Callable[[Any, str], Any]
 T = TypeVar("T")
 REQUIRED: Final = object()
@@ -537,6 +539,9 @@ class Config:
     host: str = setting("127.0.0.1", a_string, "address to listen on")
     port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
     keys: Mapping[str, Key] = setting(dataclasses.MISSING, a_table(Key), "clients' keys by name", default_factory=dict)
+    cpu_affinity: bool = setting(
+        True, a_flag, "bind the process to one core: threads that share a GIL lose most by moving"
+    )
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
     models: Mapping[str, Alias] = setting(dataclasses.MISSING, a_table(Alias), "aliases by name", default_factory=dict)
@@ -582,7 +587,7 @@ def model_list(config: Config) -> List[str]:
     for provider in config.providers.values():
         if provider.enabled:
             names.update(dict.fromkeys(name for name in provider.models if name != "*"))
-    return [name for name in names if any(targets_of(config, name, api) for api in ("responses", "chat"))]
+    return [name for name in names if any(targets_of(config, name, api) for api in APIS)]
 
 
 def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
@@ -668,7 +673,7 @@ def check_keys(config: Config) -> None:
         secrets_seen[key.secret] = name
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
-            if not any(targets_of(config, model, api) for api in ("responses", "chat")):
+            if not any(targets_of(config, model, api) for api in APIS):
                 known = ", ".join(model_list(config)) or "none"
                 raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
 
@@ -725,14 +730,9 @@ Field = Tuple[str, str]
 
 REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINE: Final = re.compile(
-    rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)"
-    rb"[ \t]*"
-)
+FIELD_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
 AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
-BARE_LF: Final = re.compile(rb"(?<!\r)\n")
-BARE_CR: Final = re.compile(rb"\r(?!\n|\Z)")
 
 
 class Headers:
@@ -781,6 +781,12 @@ class AnswerHead(NamedTuple):
     headers: Headers
 
 
+def has_bare_line_end(data: bytes) -> bool:
+    """Say whether a CR or LF stands alone in *data*; a CR at its very end may still get its LF."""
+    pairs = data.count(b"\r\n")
+    return data.count(b"\n") != pairs or data.count(b"\r") - data.endswith(b"\r") != pairs
+
+
 def find_head_end(data: bytes, limit: int) -> int:
     """Return the length of the head in *data* with its empty line, or -1 if it is not complete yet.
 
@@ -795,7 +801,7 @@ def find_head_end(data: bytes, limit: int) -> int:
         if b"\r\n" not in head[:REQUEST_LINE_BYTES]:
             raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
         raise ProxyError("headers_too_large", f"the header section is larger than limits.max_header_bytes ({limit})")
-    if BARE_LF.search(head) or BARE_CR.search(head):
+    if has_bare_line_end(head):
         raise MalformedHTTP("a line ends in something else than CRLF")
     if end < 0:
         line, complete, _ = head.partition(b"\r\n")
@@ -826,7 +832,7 @@ def read_fields(lines: Sequence[bytes]) -> Headers:
         found = FIELD_LINE.fullmatch(line)
         if not found:
             raise MalformedHTTP('a header line is not: name ":" value (no folding, no control characters)')
-        fields.append((found.group(1).decode("ascii"), found.group(2).decode("latin-1")))
+        fields.append((found.group(1).decode("ascii"), found.group(2).strip(b" \t").decode("latin-1")))
     return Headers(fields)
 
 
@@ -878,7 +884,7 @@ def read_length(lengths: Sequence[str]) -> Optional[int]:
 
 def read_answer_head(head: bytes) -> AnswerHead:
     """Return the answer head in *head*, which ends with its empty line; UpstreamError if it is not strict HTTP."""
-    if BARE_LF.search(head) or BARE_CR.search(head):
+    if has_bare_line_end(head):
         raise UpstreamError("a line of the answer's head ends in something else than CRLF", "upstream_invalid_response")
     lines = head[:-4].split(b"\r\n")
     found = STATUS_LINE.fullmatch(lines[0])
@@ -1004,7 +1010,7 @@ class ChunkedBody(BodyReader):
         return position
 
     def _hold(self, part: bytes) -> None:
-        if len(part) >= CHUNK_LINE_BYTES or BARE_LF.search(part) or BARE_CR.search(part):
+        if len(part) >= CHUNK_LINE_BYTES or has_bare_line_end(part):
             raise MalformedHTTP("a chunk line is too long or does not end in CRLF")
         if not self._trailers and not re.match(rb"[0-9A-Fa-f\r]", part):
             raise MalformedHTTP("a chunk size is not hexadecimal")
@@ -1043,12 +1049,10 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
-JSON_SPACE: Final = re.compile(r"[ \t\n\r]*")
-
-
-def skip_space(text: str, position: int) -> int:
-    found = JSON_SPACE.match(text, position)
-    return found.end() if found else position
+# Between the top-level members; what follows "}" must be the end, so its white space is taken with it.
+JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
+JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+JSON_COMMA: Final = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 
 
 class JsonBody(NamedTuple):
@@ -1059,7 +1063,7 @@ class JsonBody(NamedTuple):
     spans: Dict[str, Tuple[int, int]]
 
 
-def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:  # noqa: C901 -- one walk, in the order of the grammar
+def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     """Return the JSON object in *raw*, member by member, so that the span of each value is known without a second pass.
 
     Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
@@ -1073,33 +1077,30 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:  # noqa: C901 -- 
         ) from None
     members: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
+    decode = JSON_DECODER.raw_decode
     try:
-        position = skip_space(text, 0)
-        if text[position : position + 1] != "{":
+        opening = JSON_OPEN.match(text)
+        if opening is None:
             JSON_DECODER.decode(text)
             raise ProxyError("invalid_request", "the body must be a JSON object")
-        position = skip_space(text, position + 1)
-        closed = text[position : position + 1] == "}"
-        while not closed:
-            if text[position : position + 1] != '"':
-                raise json.JSONDecodeError("expected a member name in double quotes", text, position)
-            name, position = JSON_DECODER.raw_decode(text, position)
-            position = skip_space(text, position)
-            if text[position : position + 1] != ":":
-                raise json.JSONDecodeError('expected ":"', text, position)
-            start = skip_space(text, position + 1)
-            value, position = JSON_DECODER.raw_decode(text, start)
-            if name in members and name == "model":
+        position = opening.end()
+        more = not opening.group(1)
+        while more:
+            name, position = decode(text, position)
+            colon = JSON_COLON.match(text, position)
+            if colon is None or not isinstance(name, str):
+                raise json.JSONDecodeError('expected a name in double quotes and ":"', text, position)
+            start = colon.end()
+            value, position = decode(text, start)
+            if name == "model" and name in members:
                 raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
             members[name] = value
             spans[name] = (start, position)
-            position = skip_space(text, position)
-            closed = text[position : position + 1] == "}"
-            if not closed:
-                if text[position : position + 1] != ",":
-                    raise json.JSONDecodeError('expected "," or "}"', text, position)
-                position = skip_space(text, position + 1)
-        position = skip_space(text, position + 1)
+            comma = JSON_COMMA.match(text, position)
+            if comma is None:
+                raise json.JSONDecodeError('expected "," or "}"', text, position)
+            position = comma.end()
+            more = comma.group(1) == ","
         if position != len(text):
             raise json.JSONDecodeError("expected nothing after the object", text, position)
     except json.JSONDecodeError as error:
@@ -2053,6 +2054,11 @@ class State(NamedTuple):
 
     config: Config
     transport: Transport
+    catalogue: Mapping[Tuple[str, str], Tuple[Target, ...]]  # what each configured name means, by name and API
+
+    def targets(self, model: str, api: str) -> Tuple[Target, ...]:
+        known = self.catalogue.get((model, api))
+        return targets_of(self.config, model, api) if known is None else known
 
 
 class HeldAnswer(NamedTuple):
@@ -2723,7 +2729,7 @@ class Answer:
                     "upstream_invalid_response",
                 )
             if end < 4:
-                if not b"HTTP/1.".startswith(self._start[:7]) or BARE_LF.search(self._start):
+                if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
                     raise UpstreamError("the answer is not HTTP/1.1", "upstream_invalid_response")
                 return b""
             head, self._start = read_answer_head(self._start[:end]), self._start[end:]
@@ -3088,7 +3094,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             members = body.members
             model = self.model_of(members)
-            targets = targets_of(config, model, route.api)
+            targets = exchange.state.targets(model, route.api)
             if not targets:
                 if model in model_list(config):
                     raise ProxyError(
@@ -3142,7 +3148,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             found = "is missing" if "model" not in members else f"is {describe(model)}"
             raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
         if allowed is not None and model not in allowed:
-            if not any(targets_of(self.exchange.state.config, model, api) for api in ("responses", "chat")):
+            if not any(targets_of(self.exchange.state.config, model, api) for api in APIS):
                 raise self.unknown_model(model)
             raise ProxyError(
                 "model_not_allowed",
@@ -3340,6 +3346,9 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.log = log
         self.started = int(time.time())
         self._reload_state = reload_state
+        self._turns: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
+        self._threads_lock = threading.Lock()  # protects _idle_threads
+        self._idle_threads = 0
         self._budget = Budget()
         self._clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
@@ -3383,7 +3392,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def start(self, exchange: Exchange, connection: ClientConnection) -> None:
         try:
-            self.process_request((exchange, connection), connection.peer)  # type: ignore[arg-type]
+            self.process_request((exchange, connection), connection.peer)
         except RuntimeError:  # can't start new thread
             connection.respond_error(ProxyError("overloaded", "the system has no thread left for this request"))
 
@@ -3394,6 +3403,31 @@ class Server(http.server.ThreadingHTTPServer, Application):
         return self._draining
 
     # -- what ThreadingHTTPServer asks -----------------------------------
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give the turn to an idle handler thread, else to a new one: starting a thread costs more than a whole short
+        request does otherwise.  There are as many as turns at one time; idle ones end after a while."""
+        with self._threads_lock:
+            is_new = self._idle_threads == 0
+            self._idle_threads -= not is_new
+        self._turns.put((request, client_address))
+        if is_new:
+            threading.Thread(target=self._take_turns, name="handler", daemon=True).start()
+
+    def _take_turns(self) -> None:
+        while True:
+            try:
+                request, client_address = self._turns.get(timeout=THREAD_IDLE_S)
+            except queue.Empty:
+                with self._threads_lock:
+                    if self._idle_threads:  # else a turn is on its way here
+                        self._idle_threads -= 1
+                        return
+                continue
+            self.process_request_thread(request, client_address)
+            del request
+            with self._threads_lock:
+                self._idle_threads += 1
 
     def shutdown_request(self, request: Any) -> None:
         """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
@@ -3754,10 +3788,23 @@ def raise_descriptor_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def bind_to_core(config: Config) -> None:
+    """Bind this process to one of the cores it may use; not always the first, where everybody else's are bound."""
+    if config.cpu_affinity and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+
+
 def say(text: str, fd: int = 1) -> None:
     """Write a line for the operator; stdout or stderr may be closed, and that is no reason to stop."""
     with contextlib.suppress(OSError):
         os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def make_state(config: Config, demo: DemoBackend) -> State:
+    catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
+    return State(config, Transport(config, demo.connect), catalogue)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -3768,7 +3815,7 @@ def serve(options: argparse.Namespace) -> int:
     def load_state() -> State:
         try:
             config = read_config(path, options)
-            return State(config, Transport(config, demo.connect))
+            return make_state(config, demo)
         except ConfigError as error:
             raise ConfigError("", f"{path}: {error}") from None
 
@@ -3777,6 +3824,7 @@ def serve(options: argparse.Namespace) -> int:
     except ConfigError as error:
         say(str(error), 2)
         return EXIT_USAGE
+    bind_to_core(state.config)
     try:
         log = Log(options.log_file, options.log_level)
     except OSError as error:

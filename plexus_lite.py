@@ -2055,6 +2055,7 @@ class State(NamedTuple):
     config: Config
     transport: Transport
     catalogue: Mapping[Tuple[str, str], Tuple[Target, ...]]  # what each configured name means, by name and API
+    has_places: bool  # a response id has more than one place where it may have been issued
 
     def targets(self, model: str, api: str) -> Tuple[Target, ...]:
         known = self.catalogue.get((model, api))
@@ -2756,11 +2757,16 @@ class Answer:
         self._held += payload
         if self._body.done:
             self._end_held()
-        elif len(self._held) > HELD_ANSWER_BYTES and self._head:
-            payload, self._held = bytes(self._held), None
-            self._deadline = math.inf
-            self._commit(self._head)
-            self._forward(payload)
+        elif len(self._held) > HELD_ANSWER_BYTES:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """An error answer is too long, or takes too long, to be held back: hand on what is here and relay the rest."""
+        payload, self._held = mask(bytes(self._held or b""), self._secrets), None
+        self._deadline = math.inf
+        assert self._head is not None
+        self._commit(self._head)
+        self._forward(payload)
 
     def _ended(self) -> None:
         """The upstream closed the connection."""
@@ -2869,7 +2875,7 @@ class Answer:
                 fields.append(("Transfer-Encoding", "chunked"))
             else:
                 connection.is_delimited_by_close = connection.closing = True
-        if len(exchange.targets) > 1 and head.status < 300:
+        if exchange.state.has_places and head.status < 300:
             self._ids = ResponseIds()
         connection.begin_answer(head.status, fields, head.reason)
 
@@ -2913,6 +2919,8 @@ class Answer:
                         f"{self._host()} sent no answer within first_byte_timeout_s ({wait:g})", "upstream_timeout"
                     )
                 )
+            elif self._head and self._head.status not in self.exchange.passes_on:
+                self._let_go()
             else:
                 self._failed(UpstreamError(f"{self._host()} did not end its error answer", "upstream_timeout"))
         elif self._head is None or connection.out_bytes:
@@ -3197,6 +3205,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif exchange.tried < len(exchange.plan.targets):
             target = exchange.plan.targets[exchange.tried]
             exchange.tried += 1
+            exchange.repeated = False
             exchange.record["attempts"] += 1
         else:
             return None
@@ -3269,7 +3278,7 @@ MAX_QUEUED_LINES: Final = 10_000
 
 class Log:
     """Lines of JSON to stderr or a file, written by a thread of its own: a full disk or a terminal that was stopped
-    must not stop the service.  What does not fit into the queue is counted and dropped."""
+    must not stop the service.  What does not fit into the queue is dropped, and a line says so."""
 
     def __init__(self, path: Optional[str], level: str) -> None:
         """May raise OSError: the file cannot be opened."""
@@ -3277,7 +3286,7 @@ class Log:
         self._path = path
         self._fd = 2 if path is None else self._open(path)
         self._lines: queue.Queue[Optional[bytes]] = queue.Queue(MAX_QUEUED_LINES)
-        self._dropped = 0  # only ever shown
+        self._dropped = threading.Event()
         self._reopen = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -3299,7 +3308,7 @@ class Log:
         try:
             self._lines.put_nowait(render_json(value))
         except queue.Full:
-            self._dropped += 1
+            self._dropped.set()
 
     def reopen(self) -> None:
         """Open the file again by its name: it may have been rotated away."""
@@ -3319,6 +3328,9 @@ class Log:
                     fd, self._fd = self._fd, self._open(self._path)
                     os.close(fd)
             self._write(line)
+            if self._dropped.is_set() and self._lines.empty():
+                self._dropped.clear()
+                self.event("warning", "log lines were dropped: they came faster than they could be written")
             line = self._lines.get()
 
     def _write(self, line: bytes) -> None:
@@ -3804,7 +3816,7 @@ def say(text: str, fd: int = 1) -> None:
 
 def make_state(config: Config, demo: DemoBackend) -> State:
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
-    return State(config, Transport(config, demo.connect), catalogue)
+    return State(config, Transport(config, demo.connect), catalogue, len(places_of(config, None)) > 1)
 
 
 def serve(options: argparse.Namespace) -> int:

@@ -165,7 +165,7 @@ ERRORS: Final[Mapping[str, Tuple[int, str, bool]]] = {
     "invalid_request": (400, "invalid_request_error", False),
     "malformed_http": (400, "invalid_request_error", True),  # shown to clients as invalid_request
     "invalid_json": (400, "invalid_request_error", False),
-    "invalid_header": (400, "invalid_request_error", False),
+    "invalid_header": (400, "invalid_request_error", True),
     "invalid_api_key": (401, "authentication_error", False),
     "model_not_allowed": (403, "permission_error", False),
     "forbidden_origin": (403, "permission_error", False),
@@ -210,8 +210,8 @@ class ProxyError(Exception):
 class MalformedHTTP(ProxyError):
     """Bytes that two parsers could read differently, from either side."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__("malformed_http", message)
+    def __init__(self, message: str, code: str = "malformed_http") -> None:
+        super().__init__(code, message)
 
 
 class UpstreamError(ProxyError):
@@ -758,9 +758,13 @@ class Headers:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
         return [token for value in self.all(name) for token in (t.strip().lower() for t in value.split(",")) if token]
 
+    def hop_by_hop(self) -> FrozenSet[str]:
+        """Return the names that do not travel on: the known ones and those that Connection names (RFC 9110 7.6.1)."""
+        return HOP_BY_HOP.union(self.tokens("connection")) if "connection" in self._index else HOP_BY_HOP
+
     def end_to_end(self) -> "Headers":
-        """Return these fields without the hop-by-hop ones and those that Connection names (RFC 9110 7.6.1)."""
-        dropped = HOP_BY_HOP.union(self.tokens("connection"))
+        """Return the fields that travel on, order and duplicates kept."""
+        dropped = self.hop_by_hop()
         return Headers(field for field in self.fields if field[0].lower() not in dropped)
 
 
@@ -831,7 +835,8 @@ def read_fields(lines: Sequence[bytes]) -> Headers:
     for line in lines:
         found = FIELD_LINE.fullmatch(line)
         if not found:
-            raise MalformedHTTP('a header line is not: name ":" value (no folding, no control characters)')
+            message = 'a header line is not: name ":" value (no folding, no control characters)'
+            raise MalformedHTTP(message, "invalid_header")
         fields.append((found.group(1).decode("ascii"), found.group(2).strip(b" \t").decode("latin-1")))
     return Headers(fields)
 
@@ -1389,20 +1394,14 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     *renamed* is (client's model, upstream's model) where an alias renamed it: Codex warns of a rerouted model when
     openai-model is not what it asked for.
     """
-    end_to_end = head.headers.end_to_end()
-    fields = []
-    for name, value in end_to_end.fields:
-        lower = name.lower()
-        if lower in ("set-cookie", "content-length"):
-            continue
-        if renamed and lower == "openai-model":
-            value = renamed[0]
-        fields.append((name, value))
-    if is_event_stream(end_to_end):
-        if end_to_end.get("cache-control") is None:
-            fields.append(("Cache-Control", "no-cache, no-transform"))
-        if end_to_end.get("x-accel-buffering") is None:
-            fields.append(("X-Accel-Buffering", "no"))
+    dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length"}
+    fields = [field for field in head.headers.fields if field[0].lower() not in dropped]
+    if renamed:
+        fields = [(name, renamed[0] if name.lower() == "openai-model" else value) for name, value in fields]
+    if is_event_stream(head.headers):
+        present = {name.lower() for name, _ in fields}
+        added = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))
+        fields += [field for field in added if field[0].lower() not in present]
     return fields
 
 
@@ -1427,6 +1426,11 @@ def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:
     """Return fields and JSON body of an error that the proxy itself makes."""
     detail = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
     return [*error.fields, ("x-plexus-error", error.code)], render_json({"error": detail})
+
+
+def own_fields() -> List[Field]:
+    """Return the fields of an answer that is our own (RFC 9110 6.6.1: an origin server sends Date)."""
+    return [("Content-Type", "application/json"), ("Date", email.utils.formatdate(usegmt=True))]
 
 
 def render_json(value: Any) -> bytes:
@@ -2144,7 +2148,7 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()  # protects _calls and _woken
-        self._calls: List[Callable[[], None]] = []
+        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
         self._woken = False
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
@@ -2153,9 +2157,9 @@ class Loop:
         self._watched: Dict[socket.socket, int] = {}
         self._stopped = False
         self.now = time.monotonic()
-        self.on_tick: List[Callable[[float], None]] = []
+        self.on_tick: Callable[[float], None] = lambda now: None
         self.on_wake: Callable[[], None] = lambda: None
-        self.on_error: Callable[[str], None] = lambda message: None
+        self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
 
     @property
     def wakeup_fd(self) -> int:
@@ -2165,7 +2169,7 @@ class Loop:
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in the loop's thread, soon.  The only method that other threads may use."""
         with self._lock:
-            self._calls.append((lambda: function(*arguments)) if arguments else function)
+            self._calls.append((function, arguments))
             wake, self._woken = not self._woken, True
         if wake:
             with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
@@ -2196,32 +2200,26 @@ class Loop:
             self.now = time.monotonic()
             for key, events in ready:
                 if self._watched.get(key.fileobj) or key.fileobj is self._wake_read:  # type: ignore[call-overload]
-                    self._guard(key.data, events)
+                    self.guard(key.data, events)
             with self._lock:
                 calls, self._calls, self._woken = self._calls, [], False
-            for function in calls:
-                self._guard(function)
+            for function, arguments in calls:
+                self.guard(function, *arguments)
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
-                for tick in self.on_tick:
-                    self._guard(tick, self.now)
-
-    def close(self) -> None:
-        self._selector.close()
-        self._wake_read.close()
-        self._wake_write.close()
+                self.on_tick(self.now)
 
     def _drain_wakeups(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_read.recv(4096)
         self.on_wake()
 
-    def _guard(self, function: Callable[..., None], *arguments: Any) -> None:
-        """One broken exchange must not end the service of all others."""
+    def guard(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call *function*; a defect met there must end one exchange, not the service of all others."""
         try:
             function(*arguments)
         except Exception as error:
-            self.on_error(f"{type(error).__name__} in {getattr(function, '__qualname__', function)}: {error}")
+            self.on_error(function, error)
 
 
 class Budget:
@@ -2449,7 +2447,7 @@ class ClientConnection:
         if self.exchange:
             self.exchange.fail(error.code)
         self.closing = self.closing or error.closes
-        self.respond(error.status, [("Content-Type", "application/json"), *fields], body)
+        self.respond(error.status, [*own_fields(), *fields], body)
 
     def respond(self, status: int, fields: Sequence[Field], body: bytes, reason: Optional[str] = None) -> None:
         """Send a whole answer and end the exchange with it."""
@@ -3031,8 +3029,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
     def answer(self, value: Any) -> None:
-        fields = [("Content-Type", "application/json")]
-        self.server.loop.call(self.connection.respond, 200, fields, render_json(value))
+        self.server.loop.call(self.connection.respond, 200, own_fields(), render_json(value))
 
     def usable_models(self) -> List[str]:
         """Return the names that this key may use."""
@@ -3371,9 +3368,9 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), state.config.port), Handler)
         self.socket.setblocking(False)
-        self.loop.on_tick.append(self._tick)
+        self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
-        self.loop.on_error = lambda message: self.log.event("error", message)
+        self.loop.on_error = self._end_broken
 
     def server_bind(self) -> None:
         # HTTPServer's asks the resolver for the host's name, which can take seconds on a host without network.
@@ -3451,6 +3448,16 @@ class Server(http.server.ThreadingHTTPServer, Application):
             request[1].respond_error, ProxyError("internal_error", "internal error; the proxy's log has more")
         )
 
+    def _end_broken(self, function: Callable[..., None], error: Exception) -> None:
+        """A defect in the loop's thread: say so, and close the connection that it happened on."""
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__qualname__", "the loop")
+        self.log.event("error", f"internal error: {type(error).__name__} in {name}: {error}")
+        if isinstance(owner, Answer):
+            owner = owner.connection
+        if isinstance(owner, ClientConnection):
+            owner.close()
+
     def attach(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
         """In the loop: relay the answer that will come on *upstream*, unless the client has left meanwhile."""
         if connection.exchange is exchange:
@@ -3493,7 +3500,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def _tick(self, now: float) -> None:
         for client in list(self._clients):
-            client.tick(now)
+            self.loop.guard(client.tick, now)
         self.state.transport.expire(now)
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf

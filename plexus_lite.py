@@ -221,6 +221,10 @@ class UpstreamError(ProxyError):
         super().__init__(code, "upstream connection error: " + detail)
 
 
+def too_large(what: str, limit: int) -> ProxyError:
+    return ProxyError("content_too_large", f"the {what} is larger than limits.max_body_bytes ({limit})")
+
+
 class ClientGone(Exception):
     """The client closed its connection: nobody is left to answer."""
 
@@ -1140,9 +1144,7 @@ def inflate(raw: Union[bytes, bytearray], window: int, encoding: str, limit: int
             inflater = zlib.decompressobj(window)
             out += inflater.decompress(raw, limit + 1 - len(out))
             if len(out) > limit:
-                raise ProxyError(
-                    "content_too_large", f"the decoded body is larger than limits.max_body_bytes ({limit})"
-                )
+                raise too_large("decoded body", limit)
             if not inflater.eof:
                 raise ProxyError("invalid_request", f"the {encoding} body ends too early")
             raw = inflater.unused_data
@@ -2378,9 +2380,7 @@ class ClientConnection:
                 raise ProxyError("expectation_failed", "the only expectation met here is 100-continue")
             self.app.admit(exchange)
             if length and length > limits.max_body_bytes:
-                raise ProxyError(
-                    "content_too_large", f"the body is larger than limits.max_body_bytes ({limits.max_body_bytes})"
-                )
+                raise too_large("body", limits.max_body_bytes)
         except ProxyError as error:
             if error.closes or expectation or (length or 0) > SMALL_BODY_BYTES:
                 raise
@@ -2403,9 +2403,7 @@ class ClientConnection:
                     raise self._refusal
             elif payload:
                 if exchange.record["bytes_in"] > limits.max_body_bytes:
-                    raise ProxyError(
-                        "content_too_large", f"the body is larger than limits.max_body_bytes ({limits.max_body_bytes})"
-                    )
+                    raise too_large("body", limits.max_body_bytes)
                 self._budget.take(len(payload), limits.max_buffered_bytes)
                 self._held += len(payload)
                 exchange.body += payload
@@ -2455,8 +2453,9 @@ class ClientConnection:
         if exchange is None or self.is_closed:
             return
         self.begin_answer(status, [*fields, ("Content-Length", str(len(body)))], reason)
-        is_head = exchange.head is not None and exchange.head.method == "HEAD"
-        self.send_payload(b"" if is_head else body, len(body))
+        if exchange.head is not None and exchange.head.method == "HEAD":
+            body = b""
+        self.send_payload(body, len(body))
         self.finish()
 
     def begin_answer(self, status: int, fields: Sequence[Field], reason: Optional[str] = None) -> None:
@@ -2619,25 +2618,17 @@ class ClientConnection:
             self.close()
         elif now > self.resume_at and self.exchange:
             self.go_on(self.exchange)
-        elif now > self.deadline:
+        elif now > self.deadline and not self._out:  # while it reads an answer, only the stall counts
             self._on_deadline()
         elif self.answer:
             self.answer.tick(now)
 
     def _on_deadline(self) -> None:
-        limits = self.app.state.config.limits
-        if self.phase == Phase.HEAD:
-            self._refuse(
-                ProxyError(
-                    "request_timeout", f"no complete head within limits.header_timeout_s ({limits.header_timeout_s:g})"
-                )
-            )
-        elif self.phase == Phase.BODY:
-            self._refuse(
-                ProxyError(
-                    "request_timeout", f"no complete body within limits.body_timeout_s ({limits.body_timeout_s:g})"
-                )
-            )
+        if self.phase in (Phase.HEAD, Phase.BODY):
+            part, limits = self.phase, self.app.state.config.limits
+            limit = limits.header_timeout_s if part == Phase.HEAD else limits.body_timeout_s
+            name = "header_timeout_s" if part == Phase.HEAD else "body_timeout_s"
+            self._refuse(ProxyError("request_timeout", f"no complete {part} within limits.{name} ({limit:g})"))
         else:
             self.close()
 

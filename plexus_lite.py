@@ -65,7 +65,6 @@ import select
 import selectors
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import sys
@@ -140,6 +139,9 @@ MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones conve
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
 HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
+BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
+ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
+RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
 THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -321,6 +323,11 @@ def one_of(*allowed: str) -> Check:
         return str(value)
 
     return check
+
+
+def a_worker_count(value: Any, path: str) -> int:
+    """Return the number of processes, 0 for "auto"."""
+    return 0 if value == "auto" else int(a_number(1, 256, integer=True)(value, path))
 
 
 def a_field_name(value: Any, path: str) -> str:
@@ -543,9 +550,8 @@ class Config:
     host: str = setting("127.0.0.1", a_string, "address to listen on")
     port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
     keys: Mapping[str, Key] = setting(dataclasses.MISSING, a_table(Key), "clients' keys by name", default_factory=dict)
-    cpu_affinity: bool = setting(
-        True, a_flag, "bind the process to one core: threads that share a GIL lose most by moving"
-    )
+    workers: int = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
+    cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
     models: Mapping[str, Alias] = setting(dataclasses.MISSING, a_table(Alias), "aliases by name", default_factory=dict)
@@ -3272,7 +3278,7 @@ class Log:
         """May raise OSError: the file cannot be opened."""
         self._level = LEVELS.index(level)
         self._path = path
-        self._fd = 2 if path is None else self._open(path)
+        self._fd = 2 if path is None else self.open(path)
         self._lines: queue.Queue[Optional[bytes]] = queue.Queue(MAX_QUEUED_LINES)
         self._dropped = threading.Event()
         self._reopen = threading.Event()
@@ -3280,7 +3286,7 @@ class Log:
         self._thread.start()
 
     @staticmethod
-    def _open(path: str) -> int:
+    def open(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -3313,7 +3319,7 @@ class Log:
             if self._reopen.is_set() and self._path is not None:
                 self._reopen.clear()
                 with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
-                    fd, self._fd = self._fd, self._open(self._path)
+                    fd, self._fd = self._fd, self.open(self._path)
                     os.close(fd)
             self._write(line)
             if self._dropped.is_set() and self._lines.empty():
@@ -3331,15 +3337,30 @@ class Log:
                 return  # closed, or the disk is full
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; OSError if that is not possible.
+
+    Not by HTTPServer.server_bind: it asks the resolver for the host's name, which can take seconds without network.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name != "nt":  # there it would let two programs have the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
 class Server(http.server.ThreadingHTTPServer, Application):
     """The listening socket, the loop, the clients, and a thread for each turn of a request."""
 
     daemon_threads = True
-    allow_reuse_address = os.name != "nt"  # there it would let two programs have the port
-    request_queue_size = 1024  # with the standard 5, a third of 512 streams opened at once were reset
 
-    def __init__(self, state: State, log: Log, reload_state: Callable[[], State]) -> None:
-        """Bind and listen; OSError if that is not possible."""
+    def __init__(self, state: State, log: Log, reload_state: Callable[[], State], listener: socket.socket) -> None:
         self.state = state
         self.fleet = Fleet()
         self.loop = Loop()
@@ -3355,22 +3376,21 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self._draining = False
         self._drain_deadline = math.inf
         self._accept_again_at = math.inf
-        host = state.config.host
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host.strip("[]"), state.config.port), Handler)
-        self.socket.setblocking(False)
+        super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()  # the base class made one for itself
+        self.socket = listener
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
         self.loop.on_error = self._end_broken
 
-    def server_bind(self) -> None:
-        # HTTPServer's asks the resolver for the host's name, which can take seconds on a host without network.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+    def watch_supervisor(self, lifeline: socket.socket) -> None:
+        """Drain when the other end of *lifeline* closes: the supervisor has died, and nobody else would stop us."""
 
-    def url(self) -> str:
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        def drain(events: int) -> None:
+            self.loop.watch(lifeline, 0, drain)
+            self.drain()
+
+        self.loop.watch(lifeline, selectors.EVENT_READ, drain)
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Run until a signal has drained the server."""
@@ -3461,7 +3481,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
     # -- clients ---------------------------------------------------------
 
     def _accept(self, events: int) -> None:
-        for _ in range(64):  # then the running streams have their turn
+        for _ in range(ACCEPTS):
             try:
                 sock, address = self.socket.accept()
             except BLOCKED:
@@ -3507,6 +3527,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda number, frame: self._signals.append(number))
+        if sys.platform != "win32":  # the supervisor held them back until now
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     def _handle_signals(self) -> None:
         while self._signals:
@@ -3537,6 +3559,68 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.socket.close()
         for client in list(self._clients):
             client.end_idle()
+
+
+class Supervisor:
+    """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
+
+    def __init__(self, count: int, serve_one: Callable[[int, socket.socket], int], warn: Callable[[str], None]) -> None:
+        """*serve_one* runs in a child, with its number and its end of a lifeline; its result is the exit code."""
+        self._count = count
+        self._serve_one = serve_one
+        self._warn = warn
+        self._children: Dict[int, Tuple[int, float]] = {}  # pid -> worker number, started (monotonic)
+        self._pause_s = [RESPAWN_S[0]] * count
+        self._stopping = False
+        self._lifeline, self._child_end = socket.socketpair()
+
+    def run(self) -> int:
+        """Keep the workers running until a signal ends them."""
+        if sys.platform == "win32":
+            raise NotImplementedError
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(name, lambda number, frame: self._pass_on(number))
+        for number in range(self._count):
+            self._spawn(number)
+        while self._children:
+            pid, status = os.waitpid(-1, 0)
+            number, started = self._children.pop(pid)
+            if not self._stopping:
+                self._replace(number, started, status)
+        return EXIT_OK
+
+    def _spawn(self, number: int) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # a signal for the child waits until the child can take it
+        pid = os.fork()
+        if not pid:
+            code = EXIT_CHECK_FAILED
+            try:
+                self._lifeline.close()
+                code = self._serve_one(number, self._child_end)
+            finally:
+                os._exit(code)  # the parent's clean-up is not ours
+        self._children[pid] = (number, time.monotonic())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+    def _replace(self, number: int, started: float, status: int) -> None:
+        lived = time.monotonic() - started
+        pause = self._pause_s[number] if lived < RESPAWN_S[1] else RESPAWN_S[0]
+        self._pause_s[number] = min(2 * pause, RESPAWN_S[1])
+        self._warn(f"worker {number} died with status {status}; another starts in {pause:g} s")
+        until = time.monotonic() + pause
+        while not self._stopping and time.monotonic() < until:
+            time.sleep(0.05)
+        if not self._stopping:
+            self._spawn(number)
+
+    def _pass_on(self, number: int) -> None:
+        self._stopping = self._stopping or number != getattr(signal, "SIGHUP", None)
+        for pid in list(self._children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 # ---------------------------------------------------------------------------
@@ -3785,10 +3869,10 @@ def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 def raise_descriptor_limit(config: Config) -> None:
     """Two descriptors a connection: raise the soft limit as far as needed and allowed.  Windows has none."""
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * config.limits.max_connections + 256
     if hard != resource.RLIM_INFINITY:
@@ -3798,12 +3882,19 @@ def raise_descriptor_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def bind_to_core(config: Config) -> None:
-    """Bind this process to one of the cores it may use; not always the first, where everybody else's are bound."""
-    if config.cpu_affinity and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
+def cores() -> List[int]:
+    """Return the cores this process may use."""
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def bind_to_core(config: Config, number: int) -> None:
+    """Bind this process to a core of its own; not always the first, to which everybody else's first is bound."""
+    if config.cpu_affinity and sys.platform == "linux":
+        allowed, first = cores(), os.getpid() if config.workers == 1 else os.getppid()
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+            os.sched_setaffinity(0, {allowed[(first + number) % len(allowed)]})
 
 
 def say(text: str, fd: int = 1) -> None:
@@ -3834,29 +3925,61 @@ def serve(options: argparse.Namespace) -> int:
     except ConfigError as error:
         say(str(error), 2)
         return EXIT_USAGE
-    bind_to_core(state.config)
     try:
-        log = Log(options.log_file, options.log_level)
+        if options.log_file is not None:
+            os.close(Log.open(options.log_file))
     except OSError as error:
         say(f"--log-file {options.log_file}: cannot be opened: {error.strerror}", 2)
         return EXIT_USAGE
     raise_descriptor_limit(state.config)
     try:
-        server = Server(state, log, load_state)
+        listener = listen(state.config.host, state.config.port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN
-    server.catch_signals()
-    say(f"plexus_lite {__version__} listening on {server.url()}")
-    for name, provider in state.config.providers.items():
+    announce(state.config, listener)
+    workers = state.config.workers or len(cores())
+    if workers > 1 and sys.platform == "win32":
+        say(f"{path}: workers: this system cannot fork, so one process serves", 2)
+        workers = 1
+
+    def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:
+        bind_to_core(state.config, number)
+        log = Log(options.log_file, options.log_level)
+        server = Server(share_of(state, workers), log, lambda: share_of(load_state(), workers), listener)
+        server.catch_signals()
+        if lifeline is not None:
+            server.watch_supervisor(lifeline)
+        server.serve_forever()
+        log.close()
+        return EXIT_OK
+
+    if workers == 1:
+        return serve_one(0, None)
+    return Supervisor(workers, serve_one, lambda message: say(message, 2)).run()
+
+
+def share_of(state: State, workers: int) -> State:
+    """Return *state* with one process' share of the limits that are for all processes together."""
+    limits = state.config.limits
+    limits = dataclasses.replace(
+        limits,
+        max_connections=math.ceil(limits.max_connections / workers),
+        max_buffered_bytes=math.ceil(limits.max_buffered_bytes / workers),
+    )
+    return state._replace(config=dataclasses.replace(state.config, limits=limits))
+
+
+def announce(config: Config, listener: socket.socket) -> None:
+    """Say on stdout where we listen, the real port first, and what is served."""
+    host, port = listener.getsockname()[:2]
+    say(f"plexus_lite {__version__} listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    for name, provider in config.providers.items():
         urls = ", ".join(dict.fromkeys(url for urls in provider.api_base_url.values() for url in urls))
         say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")
-    for name, alias in state.config.models.items():
+    for name, alias in config.models.items():
         say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
-    server.serve_forever()
-    log.close()
-    return EXIT_OK
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -61,7 +61,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import signal
 import socket
@@ -1144,22 +1143,20 @@ def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> U
 
 
 def inflate(raw: Union[bytes, bytearray], window: int, encoding: str, limit: int) -> bytes:
-    out = bytearray()
+    inflater = zlib.decompressobj(window)
     try:
-        while True:
-            inflater = zlib.decompressobj(window)
-            out += inflater.decompress(raw, limit + 1 - len(out))
-            if len(out) > limit:
-                raise too_large("decoded body", limit)
-            if not inflater.eof:
-                raise ProxyError("invalid_request", f"the {encoding} body ends too early")
-            raw = inflater.unused_data
-            if not raw:
-                return bytes(out)
-            if window != 31:  # gzip may have several members (RFC 1952 2.2), zlib has one
-                raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
+        decoded = inflater.decompress(raw, limit + 1)
     except zlib.error:
         raise ProxyError("invalid_request", f"the {encoding} body is damaged") from None
+    if len(decoded) > limit:
+        raise too_large("decoded body", limit)
+    if not inflater.eof:
+        raise ProxyError("invalid_request", f"the {encoding} body ends too early")
+    if (
+        inflater.unused_data
+    ):  # gzip allows further members (RFC 1952 2.2); no client sends any, and empty ones cost much
+        raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
+    return decoded
 
 
 # ---------------------------------------------------------------------------
@@ -1689,7 +1686,7 @@ class ResponseIds:
         """Return True once, when the id has been found.  It stands in the first event, within the first 16 KiB."""
         if self._start is None:
             return False
-        self._start += payload[: 16 * KIB]
+        self._start = (self._start + payload[: 16 * KIB])[: 16 * KIB]
         found = RESPONSE_ID.search(self._start)
         if found or len(self._start) >= 16 * KIB:
             self._start = None
@@ -1733,7 +1730,7 @@ def wait_ready(sock: socket.socket, events: int, deadline: float, is_gone: Calla
 
     Raises TimeoutError at *deadline* (monotonic), ClientGone within a second of is_gone() turning true.
     """
-    with selectors.DefaultSelector() if not hasattr(select, "poll") else selectors.PollSelector() as selector:
+    with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:  # epoll would cost a descriptor
         selector.register(sock, events)
         while True:
             if is_gone():
@@ -2361,6 +2358,8 @@ class ClientConnection:
             if self._pending.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before a request is ignored
                 self._pending = self._pending[2:]
                 return True
+            if self._pending == b"\r":
+                return False
             self.phase = Phase.HEAD
             self.deadline = self.loop.now + limits.header_timeout_s
         if self.phase == Phase.HEAD:

@@ -3354,6 +3354,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise
 
 
+def hold_signals(hold: bool) -> None:
+    """Keep the signals that stop or reload us pending, or let them come."""
+    if sys.platform != "win32":
+        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, signals)
+
+
 class Server(http.server.ThreadingHTTPServer, Application):
     """The listening socket, the loop, the clients, and a thread for each turn of a request."""
 
@@ -3526,8 +3533,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), lambda number, frame: self._signals.append(number))
-        if sys.platform != "win32":  # the supervisor held them back until now
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+        hold_signals(False)
 
     def _handle_signals(self) -> None:
         while self._signals:
@@ -3591,8 +3597,7 @@ class Supervisor:
     def _spawn(self, number: int) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # a signal for the child waits until the child can take it
+        hold_signals(True)  # one for the child waits until the child can take it
         pid = os.fork()
         if not pid:
             code = EXIT_CHECK_FAILED
@@ -3602,7 +3607,7 @@ class Supervisor:
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
         self._children[pid] = (number, time.monotonic())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        hold_signals(False)
 
     def _replace(self, number: int, started: float, status: int) -> None:
         lived = time.monotonic() - started
@@ -3937,6 +3942,7 @@ def serve(options: argparse.Namespace) -> int:
         reason = getattr(error, "strerror", None) or error
         say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN
+    hold_signals(True)  # until whoever handles them is ready: the line on stdout invites them
     announce(state.config, listener)
     workers = state.config.workers or len(cores())
     if workers > 1 and sys.platform == "win32":

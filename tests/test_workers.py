@@ -1,0 +1,110 @@
+"""Several worker processes: one port, replaced when they die, stopped and reloaded as one."""
+
+import os
+import signal
+import threading
+import time
+import unittest
+from typing import List
+
+from tests import support
+
+
+def children(pid: int) -> List[int]:
+    """Return the pids of the workers of *pid*; Linux tells them in /proc."""
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return sorted(int(word) for word in file.read().split())
+
+
+def wait_until(holds, what: str, timeout: float = 10) -> None:
+    """Processes come and go without telling: look again until *holds*, for a bounded time."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@unittest.skipUnless(hasattr(os, "fork") and os.path.exists("/proc/self/stat"), "workers need fork, this test /proc")
+class WorkersTest(unittest.TestCase):
+    def start(self, upstream: support.FakeUpstream, **overrides) -> support.Proxy:
+        proxy = support.Proxy(support.make_config(upstream, workers=2, **overrides))
+        self.addCleanup(proxy.__exit__, None)
+        proxy.__enter__()
+        wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
+        return proxy
+
+    def setUp(self) -> None:
+        self.upstream = support.FakeUpstream()
+        self.addCleanup(self.upstream.__exit__)
+        self.upstream.__enter__()
+
+    def test_both_workers_serve_the_main_job(self) -> None:
+        proxy = self.start(self.upstream)
+        for number in range(8):
+            answer = support.post(proxy.port, "/v1/responses", {"model": "gpt-test", "input": str(number)})
+            self.assertEqual(answer.status, 200)
+        self.assertEqual(len(self.upstream.requests), 8)
+        self.assertEqual(proxy.stop(), 0)
+
+    def test_a_dead_worker_is_replaced_and_named_in_one_line(self) -> None:
+        proxy = self.start(self.upstream)
+        before = children(proxy.process.pid)
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
+        self.assertIn("died with status 9", proxy.error_text())
+        self.assertEqual(support.get(proxy.port, "/health").status, 200)
+
+    def test_sigterm_lets_a_running_answer_finish_and_ends_every_process(self) -> None:
+        proxy = self.start(self.upstream)
+        workers = children(proxy.process.pid)
+        pause = support.Pause(threading.Event())
+        self.upstream.script(support.stream(b"data: 1\n\n", pause, b"data: 2\n\n"))
+        with support.RawClient(proxy.port) as client:
+            client.send(support.build_request("POST", "/v1/responses", {"model": "gpt-test", "input": "x"}))
+            client.wait_for(b"data: 1")
+            proxy.process.send_signal(signal.SIGTERM)
+            pause.event.set()
+            client.wait_for(b"0\r\n\r\n")
+        self.assertEqual(proxy.process.wait(10), 0)
+        wait_until(lambda: not any(map(is_running, workers)), "the workers end")
+
+    def test_sighup_reloads_every_worker(self) -> None:
+        proxy = self.start(self.upstream)
+        changed = support.make_config(self.upstream, workers=2)
+        changed["providers"]["up"]["models"] = ["gpt-new"]
+        proxy.write_config(changed)
+        proxy.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: proxy.error_text().count("configuration reloaded") == 2, "both reload")
+        for _ in range(6):
+            self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
+
+    def test_workers_end_when_their_supervisor_was_killed(self) -> None:
+        proxy = self.start(self.upstream)
+        workers = children(proxy.process.pid)
+        proxy.kill()
+        wait_until(lambda: not any(map(is_running, workers)), "the orphans end")
+
+    def test_each_worker_is_bound_to_a_core_unless_told_otherwise(self) -> None:
+        if not hasattr(os, "sched_getaffinity"):
+            self.skipTest("this system has no CPU affinity")
+        free = os.sched_getaffinity(0)
+        bound = self.start(self.upstream)
+        wait_until(
+            lambda: all(len(os.sched_getaffinity(pid)) == 1 for pid in children(bound.process.pid)), "workers are bound"
+        )
+        cores = {min(os.sched_getaffinity(pid)) for pid in children(bound.process.pid)}
+        self.assertEqual(len(cores), min(2, len(free)))
+        unbound = self.start(self.upstream, cpu_affinity=False)
+        self.assertEqual([os.sched_getaffinity(pid) for pid in children(unbound.process.pid)], [free, free])
+
+
+if __name__ == "__main__":
+    unittest.main()

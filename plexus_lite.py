@@ -2788,7 +2788,7 @@ class Answer:
 
     def _invalid(self, error: UpstreamError) -> None:
         """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
-        begun = self._head is not None and self._held is None and self.exchange.record["status"] is not None
+        begun = self.exchange.record["ttfb_ms"] is not None
         self._detach(reusable=False)
         if begun:
             self.connection.abort(error.code)
@@ -3424,6 +3424,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def done(self, exchange: Exchange) -> None:
         self.log.record(exchange.record)
+        if self._draining:
+            self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
@@ -3522,7 +3524,10 @@ class Server(http.server.ThreadingHTTPServer, Application):
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
-        if self._draining and (now > self._drain_deadline or not any(client.is_busy for client in self._clients)):
+        self._stop_if_drained()
+
+    def _stop_if_drained(self) -> None:
+        if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self._clients)):
             self.loop.stop()
 
     # -- signals ---------------------------------------------------------
@@ -3557,13 +3562,14 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.log.event("warning", "configuration reloaded")
 
     def drain(self) -> None:
-        """Stop in phases: accept no more, end what is idle, let answers finish; _tick stops the loop."""
+        """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
         self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
         self.loop.watch(self.socket, 0, self._accept)
         self.socket.close()
         for client in list(self._clients):
             client.end_idle()
+        self._stop_if_drained()
 
 
 class Supervisor:

@@ -134,6 +134,7 @@ REQUEST_LINE_BYTES: Final = 16 * KIB  # RFC 9112 3 asks for at least 8000
 CHUNK_LINE_BYTES: Final = 4 * KIB  # chunk size with extensions; real ones have under 20
 SMALL_BODY_BYTES: Final = 256 * KIB  # a refused request's body up to this is read, so that the connection stays in step
 HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: to fail over, to mask our key
+MAX_GZIP_MEMBERS: Final = 16  # each costs a copy of all that follows it: 50,000 empty ones would take minutes
 MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
@@ -234,7 +235,9 @@ class ConfigError(Exception):
     """What is wrong in the configuration, and where: *path* is the place inside the file, "" for all of it."""
 
     def __init__(self, path: str, message: str) -> None:
-        super().__init__(f"{path}: {message}" if path else message)
+        line = f"{path}: {message}" if path else message
+        # One line on the operator's terminal, whatever stands in a name.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 # ---------------------------------------------------------------------------
@@ -358,10 +361,10 @@ def a_base_url(value: Any, path: str) -> str:
     problem = wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value)
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise problem
-    parts = urllib.parse.urlsplit(value)
     try:
+        parts = urllib.parse.urlsplit(value)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # urlsplit checks the port only when it is asked for
+    except ValueError:  # of brackets, or of the port, which is looked at only when it is asked for
         raise problem from None
     if not usable:
         raise problem
@@ -381,11 +384,9 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
         if not table:
             raise ConfigError(path, "expected at least one of: chat, responses")
         return table
-    urls = a_list(a_base_url, "a base URL, a list of them, or an object")(
-        [value] if isinstance(value, str) else value, path
-    )
     if isinstance(value, str):
-        a_base_url(value, path)
+        return {"responses": (a_base_url(value, path),)}
+    urls = a_list(a_base_url, "a base URL, a list of them, or an object")(value, path)
     if not urls:
         raise ConfigError(path, "expected at least one base URL")
     if len(set(urls)) != len(urls):
@@ -1143,20 +1144,23 @@ def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> U
 
 
 def inflate(raw: Union[bytes, bytearray], window: int, encoding: str, limit: int) -> bytes:
-    inflater = zlib.decompressobj(window)
-    try:
-        decoded = inflater.decompress(raw, limit + 1)
-    except zlib.error:
-        raise ProxyError("invalid_request", f"the {encoding} body is damaged") from None
-    if len(decoded) > limit:
-        raise too_large("decoded body", limit)
-    if not inflater.eof:
-        raise ProxyError("invalid_request", f"the {encoding} body ends too early")
-    if (
-        inflater.unused_data
-    ):  # gzip allows further members (RFC 1952 2.2); no client sends any, and empty ones cost much
-        raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
-    return decoded
+    out = bytearray()
+    for _ in range(MAX_GZIP_MEMBERS):
+        inflater = zlib.decompressobj(window)
+        try:
+            out += inflater.decompress(raw, limit + 1 - len(out))
+        except zlib.error:
+            raise ProxyError("invalid_request", f"the {encoding} body is damaged") from None
+        if len(out) > limit:
+            raise too_large("decoded body", limit)
+        if not inflater.eof:
+            raise ProxyError("invalid_request", f"the {encoding} body ends too early")
+        raw = inflater.unused_data
+        if not raw:
+            return bytes(out)
+        if window != 31:  # only gzip may have several members (RFC 1952 2.2)
+            break
+    raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
 
 
 # ---------------------------------------------------------------------------

@@ -49,6 +49,7 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import functools
 import hashlib
 import hmac
 import http
@@ -538,7 +539,7 @@ class Target:
     weight: float = 1
     group: int = 1
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """What rendezvous hashing, load and cooldown know it by: the same in every process and after a restart."""
         return f"{self.provider.name} {self.base_url} {self.model}"
@@ -1461,6 +1462,13 @@ class Snapshot(NamedTuple):
     pin: Optional[str] = None  # the target that a failover moved this session to
 
 
+class Place(NamedTuple):
+    """What a request is placed by."""
+
+    key: str  # digest of the session value, or the fingerprint where there is none: what is hashed
+    session: str  # the same with the model: what a pin is remembered by
+
+
 class Plan(NamedTuple):
     """The targets in the order in which they are tried, why the first is first, and where the session belongs."""
 
@@ -1567,6 +1575,12 @@ def fingerprint_of(members: Mapping[str, Any]) -> str:
     return text_digest(json.dumps([members.get("model"), members.get("instructions"), first], sort_keys=True))
 
 
+def place_of(session: Optional[str], members: Mapping[str, Any], model: Optional[str]) -> Place:
+    """Return what places a request with the session value *session*, None if it has none."""
+    key = fingerprint_of(members) if session is None else text_digest(session)
+    return Place(key, f"{key} {model}")
+
+
 ENCRYPTED: Final = re.compile(r'"encrypted_content"\s*:\s*"')
 
 
@@ -1635,6 +1649,29 @@ class Fleet:
         with self._health_lock:
             cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
+
+    def plan(
+        self,
+        targets: Sequence[Target],
+        place: Place,
+        now: float,
+        pin_idle_s: float,
+        *,
+        owner: Optional[str] = None,
+        bound: bool = False,
+    ) -> Plan:
+        """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
+        pin = self.pins.get(place.session, now, pin_idle_s)
+        return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
+
+    def served(
+        self, targets: Sequence[Target], place: Place, plan: Plan, target: Target, attempts: int, now: float
+    ) -> None:
+        """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
+        if is_pinned(plan, target, attempts, targets):
+            self.pins.put(place.session, target.id, now)
+        elif target.id == plan.home:
+            self.pins.forget(place.session)
 
     def opened(self, target: Target) -> None:
         with self._load_lock:
@@ -2021,6 +2058,8 @@ def make_tls_context(provider: Provider) -> ssl.SSLContext:
     """Return the system's roots plus the provider's ca_file; TLS 1.2 at least, name and expiry checked."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # 3.8 and 3.9 switch this on where OpenSSL 3 has it: a cut answer would look whole.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if provider.ca_file is not None:
         try:
             context.load_verify_locations(provider.ca_file)
@@ -2108,7 +2147,7 @@ class Exchange:
         self.body_json: Optional[JsonBody] = None  # kept only where a target has another name for the model
         self.targets: Tuple[Target, ...] = ()
         self.plan: Optional[Plan] = None
-        self.place_key = ""  # what a pin is remembered by
+        self.place: Optional[Place] = None  # what it was placed by, if there was a choice
         self.owner: Optional[str] = None  # id of the target that issued previous_response_id
         self.turn_owner: Optional[str] = None  # of the one that minted the turn state
         self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
@@ -2875,7 +2914,7 @@ class Answer:
                 connection.is_delimited_by_close = connection.closing = True
         if exchange.state.has_places and head.status < 300:
             self._ids = ResponseIds()
-        connection.begin_answer(head.status, fields, head.reason)
+        connection.begin_answer(head.status, fields, mask_text(head.reason, self._secrets))
 
     def _forward(self, payload: bytes) -> None:
         """Pass on one read's payload, and the end of the body with it."""
@@ -2945,8 +2984,12 @@ def secrets_of(provider: Provider) -> Tuple[bytes, ...]:
     return tuple(value.encode("ascii") for value in (*values, provider.api_key or "") if len(value) >= 4)
 
 
+def mask_text(text: str, secrets_sent: Sequence[bytes]) -> str:
+    return mask(text.encode("latin-1"), secrets_sent).decode("latin-1")
+
+
 def masked_fields(fields: List[Field], secrets_sent: Sequence[bytes]) -> List[Field]:
-    return [(name, mask(value.encode("latin-1"), secrets_sent).decode("latin-1")) for name, value in fields]
+    return [(name, mask_text(value, secrets_sent)) for name, value in fields]
 
 
 def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
@@ -2956,7 +2999,7 @@ def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
         return
     sent = secrets_of(held.target.provider)
     fields = masked_fields(answer_fields(held.head, exchange.renamed), sent)
-    connection.respond(held.head.status, fields, mask(held.body, sent), held.head.reason)
+    connection.respond(held.head.status, fields, mask(held.body, sent), mask_text(held.head.reason, sent))
 
 
 def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerHead, now: float) -> None:
@@ -2965,11 +3008,8 @@ def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerH
     plan = exchange.plan
     if plan is None or len(exchange.targets) == 1:
         return
-    if exchange.place_key:
-        if is_pinned(plan, target, exchange.tried, exchange.targets):
-            fleet.pins.put(exchange.place_key, target.id, now)
-        elif target.id == plan.home:
-            fleet.pins.forget(exchange.place_key)
+    if exchange.place:
+        fleet.served(exchange.targets, exchange.place, plan, target, exchange.tried, now)
     for state in head.headers.all(TURN_STATE):
         fleet.owners.put(text_digest(state), target.id, now)
 
@@ -3132,11 +3172,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for state in exchange.headers.all(TURN_STATE):
             exchange.turn_owner = owners.get(text_digest(state), now)
         value = exchange.session.value
-        key = fingerprint_of(members) if value is None else text_digest(value)
-        exchange.place_key = f"{key} {exchange.model}"
-        pin = self.fleet.pins.get(exchange.place_key, now, exchange.state.config.limits.pin_idle_s)
-        snapshot = self.fleet.snapshot(exchange.targets, now, exchange.owner or exchange.turn_owner, pin)
-        plan = plan_targets(exchange.targets, key, snapshot, bound=body is not None and is_bound(body))
+        exchange.place = place_of(value, members, exchange.model)
+        plan = self.fleet.plan(
+            exchange.targets,
+            exchange.place,
+            now,
+            exchange.state.config.limits.pin_idle_s,
+            owner=exchange.owner or exchange.turn_owner,
+            bound=body is not None and is_bound(body),
+        )
         if value is None and plan.reason == "rendezvous":
             plan = plan._replace(reason="fingerprint")
         return plan

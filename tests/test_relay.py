@@ -1,0 +1,756 @@
+"""Room 9: bytes both ways as they arrive, whole or visibly cut, and nothing for clients that have left."""
+
+import contextlib
+import os
+import re
+import select
+import socket
+import sys
+import threading
+import time
+import unittest
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from tests.support import (
+    Answer,
+    Cut,
+    FakeUpstream,
+    Pause,
+    Proxy,
+    RawClient,
+    Reply,
+    Reset,
+    answer,
+    build_request,
+    make_config,
+    post,
+    render_head,
+    response_events,
+    response_object,
+    stream,
+)
+
+BODY = {"model": "gpt-test", "stream": True, "input": "x"}
+ASK = build_request("POST", "/v1/responses", BODY)
+EVENTS = {"Content-Type": "text/event-stream"}
+GONE_S = 1.0  # the contract's bound for closing the upstream once the client has left
+
+
+SHARED = contextlib.ExitStack()  # an upstream and a proxy for each set of limits, left when the module ends
+PLACES: Dict[str, Tuple[FakeUpstream, Proxy]] = {}
+
+
+def tearDownModule():
+    PLACES.clear()
+    SHARED.close()
+
+
+def wire(reply: Reply) -> bytes:
+    """Return *reply* as one piece."""
+    return b"".join(step for step in reply if isinstance(step, bytes))
+
+
+class Script:
+    """A reply whose steps a generator yields: the code after a yield runs once those bytes are sent."""
+
+    def __init__(self, steps: Callable[[], Iterator[Any]]) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._steps()
+
+
+class Flood:
+    """A stream of *count* chunks of 64 KiB that says how many the other side has taken."""
+
+    CHUNK = b"10000\r\n" + b"z" * 65536 + b"\r\n"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.taken = 0
+        self._changed = threading.Condition()  # protects taken
+
+    def __iter__(self) -> Iterator[Any]:
+        yield render_head("HTTP/1.1 200 OK", dict(EVENTS, **{"Transfer-Encoding": "chunked"}))
+        for _ in range(self.count):
+            yield self.CHUNK
+            with self._changed:
+                self.taken += 1
+                self._changed.notify_all()
+        yield b"0\r\n\r\n"
+
+    def wait_until_stalled(self, silence_s: float = 0.6) -> int:
+        """Return how many chunks had been taken when none was for *silence_s*, or all of them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.taken > 0, 10)
+            while self.taken < self.count:
+                before = self.taken
+                if not self._changed.wait_for(lambda: self.taken > before, silence_s):  # noqa: B023
+                    break
+            return self.taken
+
+
+def resident_kib(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as status:
+        found = re.search(r"VmRSS:\s+(\d+) kB", status.read())
+    assert found
+    return int(found.group(1))
+
+
+class RelayTest(unittest.TestCase):
+    """One upstream behind one proxy; a provider for each set of timeouts, all with the same address."""
+
+    limits: Dict[str, Any] = {"keepalive_s": 0}
+    proxy: Proxy
+    upstream: FakeUpstream
+
+    @classmethod
+    def setUpClass(cls):
+        name = repr(cls.limits)
+        if name not in PLACES:
+            upstream = SHARED.enter_context(FakeUpstream())
+            config = make_config(upstream, limits=cls.limits)
+            base = {"api_key": "sk-upstream", "api_base_url": upstream.base_url}
+            config["providers"].update(
+                impatient=dict(base, models=["impatient"], first_byte_timeout_s=0.5, idle_timeout_s=0.5),
+                waiting=dict(base, models=["waiting"], wait_on_429_s=20),
+            )
+            PLACES[name] = upstream, SHARED.enter_context(Proxy(config))
+        cls.upstream, cls.proxy = PLACES[name]
+
+    def setUp(self):
+        self.upstream.requests.clear()
+        self.upstream._replies.clear()
+
+    def event(self) -> threading.Event:
+        """Return an event that is set when the test ends, whatever happens, so that no reply stays paused."""
+        event = threading.Event()
+        self.addCleanup(event.set)
+        return event
+
+    def script(self, *replies: Any) -> None:
+        self.upstream.script(*replies)
+
+    def connect(self) -> RawClient:
+        client = RawClient(self.proxy.port)
+        self.addCleanup(client.close)
+        return client
+
+    def ask(self, reply: Any, raw: bytes = ASK) -> RawClient:
+        """Send a request that *reply* will answer; return the client once it has reached the upstream."""
+        self.upstream.requests.clear()
+        self.script(reply)
+        client = self.connect()
+        client.send(raw)
+        self.upstream.wait_for_requests(1)
+        return client
+
+    def assert_next_is_served(self, client: Optional[RawClient] = None) -> None:
+        """A further request, on the same connection if *client* is given, has its own whole answer."""
+        self.script(answer(200, (), {"next": "served"}))
+        client = client or self.connect()
+        client.send(ASK)
+        got = client.read_answer()
+        self.assertEqual((got.status, got.json(), got.complete), (200, {"next": "served"}, True))
+
+    def connection(self) -> int:
+        return self.upstream.wait_for_requests(1)[-1].connection
+
+
+class StreamingTest(RelayTest):
+    def test_first_chunk_arrives_while_the_upstream_is_paused(self):
+        go_on = self.event()
+        client = self.ask(stream(b"data: 1\n\n", Pause(go_on), b"data: 2\n\n"))
+        self.assertNotIn(b"data: 2", client.wait_for(b"data: 1\n\n"))
+        go_on.set()
+        self.assertEqual(client.read_answer().body, b"data: 1\n\ndata: 2\n\n")
+
+    def test_headers_arrive_before_the_first_byte_of_the_body(self):
+        go_on = self.event()
+        client = self.ask(stream(Pause(go_on), b"data: 1\n\n"))
+        self.assertIn(b"text/event-stream", client.wait_for(b"\r\n\r\n"))
+        go_on.set()
+        self.assertTrue(client.read_answer().complete)
+
+    def test_each_write_of_the_upstream_is_passed_on_at_once(self):
+        gates = [self.event() for _ in range(20)]
+        events = [b"data: %d\n\n" % number for number in range(21)]
+        steps: List[Any] = [events[0]]
+        for gate, event in zip(gates, events[1:]):
+            steps += [Pause(gate), event]
+        client = self.ask(stream(*steps))
+        for gate, event in zip(gates, events):
+            client.wait_for(event)
+            gate.set()
+        got = client.read_answer()
+        self.assertEqual(got.body, b"".join(events))
+        self.assertEqual(got.chunks, events)
+
+    def test_bytes_that_end_in_the_middle_of_an_event_are_passed_on_too(self):
+        go_on = self.event()
+        client = self.ask(stream(b"data: hal", Pause(go_on), b"f\n\n"))
+        client.wait_for(b"data: hal")
+        go_on.set()
+        self.assertEqual(client.read_answer().body, b"data: half\n\n")
+
+    def test_body_with_a_length_is_passed_on_as_it_comes(self):
+        go_on = self.event()
+        head = render_head("HTTP/1.1 200 OK", {"Content-Length": "10", "Content-Type": "application/json"})
+        client = self.ask([head + b"12345", Pause(go_on), b"67890"])
+        client.wait_for(b"12345")
+        go_on.set()
+        got = client.read_answer()
+        self.assertEqual((got.body, got.all("Content-Length"), got.complete), (b"1234567890", ["10"], True))
+
+    def test_framing_of_events_stays_byte_for_byte(self):
+        for name, body in (
+            ("LF", b"".join(response_events(response_object([])))),
+            ("CRLF", b"event: a\r\ndata: 1\r\n\r\ndata: 2\r\n\r\n"),
+            ("CR", b"data: 1\r\rdata: 2\r\r"),
+            ("comments", b": hi\n\n:\n\ndata: 1\n\n"),
+            ("no empty line at the end", b"data: 1\n\ndata: 2"),
+            ("byte order mark", b"\xef\xbb\xbfdata: 1\n\n"),
+            ("not UTF-8", b"data: \xff\xfe\x00\n\n"),
+            ("empty", b""),
+        ):
+            for size in (1, 7, 4096):
+                with self.subTest(name, size=size):
+                    pieces = [body[at : at + size] for at in range(0, len(body), size)][:300]
+                    self.script(stream(*pieces))
+                    got = post(self.proxy.port, "/v1/responses", BODY)
+                    self.assertEqual((got.body, got.complete), (b"".join(pieces), True))
+
+    def test_chunk_borders_of_the_upstream_may_fall_anywhere(self):
+        reply = wire(stream(b"data: 1\n\n", b"data: 22\n\n", b"data: 333\n\n"))
+        self.script([reply[at : at + 1] for at in range(len(reply))])
+        got = post(self.proxy.port, "/v1/responses", BODY)
+        self.assertEqual((got.body, got.complete), (b"data: 1\n\ndata: 22\n\ndata: 333\n\n", True))
+
+    def test_chunk_extensions_and_trailers_of_the_upstream_do_not_pass(self):
+        self.script([render_head("HTTP/1.1 200 OK", {"Transfer-Encoding": "chunked"}),
+                     b'4;name="v;\xff"\r\nbody\r\n0;x\r\nX-Trailer: 1\r\nSet-Cookie: a\r\n\r\n'])  # fmt: skip
+        client = self.connect()
+        client.send(ASK)
+        got = client.read_answer()
+        self.assertEqual((got.body, got.all("X-Trailer"), got.complete), (b"body", [], True))
+        self.assert_next_is_served(client)
+
+    def test_answer_that_ends_with_the_upstreams_connection_becomes_chunked(self):
+        self.script([render_head("HTTP/1.1 200 OK", EVENTS), b"data: 1\n\n", b"data: 2\n\n", Cut()])
+        client = self.connect()
+        client.send(ASK)
+        got = client.read_answer()
+        self.assertEqual((got.header("Transfer-Encoding"), got.body, got.complete),
+                         ("chunked", b"data: 1\n\ndata: 2\n\n", True))  # fmt: skip
+        self.assert_next_is_served(client)
+
+    def test_megabytes_pass_whole(self):
+        flood = Flood(100)
+        self.script(flood)
+        got = post(self.proxy.port, "/v1/responses", BODY, timeout=30)
+        self.assertEqual((len(got.body), got.complete), (6_553_600, True))
+        self.assertEqual(got.body.strip(b"z"), b"")
+
+    def test_megabytes_with_a_length_pass_whole(self):
+        self.script(answer(200, {"Content-Type": "application/octet-stream"}, b"y" * 8_000_000))
+        got = post(self.proxy.port, "/v1/responses", BODY, timeout=30)
+        self.assertEqual((len(got.body), got.complete), (8_000_000, True))
+
+
+class TruncationTest(RelayTest):
+    """An answer that broke off must never look whole."""
+
+    HALF = b"data: 1\n\ndata: ha"
+
+    def ask_cut(self, *steps: Any, raw: bytes = ASK) -> Answer:
+        client = self.ask(list(steps), raw)
+        got = client.read_answer()
+        self.assertFalse(client.buffer)
+        return got
+
+    def check(self, got: Answer, body: bytes) -> None:
+        self.assertFalse(got.complete, got)
+        self.assertEqual((got.status, got.body), (200, body))
+        record = self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
+        self.assertEqual((record["status"], record["error"]), (200, "upstream_closed"))
+        self.assert_next_is_served()
+
+    def test_chunked_stream_that_is_cut_has_no_last_chunk_and_no_made_up_event(self):
+        for end in (Cut(), Reset()):
+            with self.subTest(type(end).__name__):
+                go_on = self.event()
+                client = self.ask([*stream(self.HALF, Pause(go_on), end=False), end])
+                client.wait_for(b"ha")
+                go_on.set()
+                self.check(client.read_answer(), self.HALF)
+
+    def test_cut_between_two_events_is_visible_too(self):
+        self.check(self.ask_cut(*stream(b"data: 1\n\n", end=False), Cut()), b"data: 1\n\n")
+
+    def test_cut_inside_a_chunk_is_visible(self):
+        head = render_head("HTTP/1.1 200 OK", dict(EVENTS, **{"Transfer-Encoding": "chunked"}))
+        self.check(self.ask_cut(head, b"20\r\ndata: 1\n\n", Cut()), b"data: 1\n\n")
+
+    def test_last_chunk_without_its_empty_line_is_a_cut(self):
+        for tail in (b"0", b"0\r\n", b"0\r\n\r", b"0\r\nX-T: 1\r\n"):
+            with self.subTest(tail):
+                self.check(self.ask_cut(*stream(b"data: 1\n\n", end=False), tail, Cut()), b"data: 1\n\n")
+
+    def test_body_shorter_than_its_length_is_a_cut(self):
+        head = render_head("HTTP/1.1 200 OK", {"Content-Length": "100", "Content-Type": "application/json"})
+        for end in (Cut(), Reset()):
+            with self.subTest(type(end).__name__):
+                go_on = self.event()
+                client = self.ask([head + b'{"a":', Pause(go_on), end])
+                client.wait_for(b'{"a":')
+                go_on.set()
+                got = client.read_answer()
+                self.assertEqual(got.all("Content-Length"), ["100"])
+                self.check(got, b'{"a":')
+
+    def test_body_that_ends_with_the_connection_is_cut_by_a_reset(self):
+        go_on = self.event()
+        client = self.ask([render_head("HTTP/1.1 200 OK", EVENTS) + self.HALF, Pause(go_on), Reset()])
+        client.wait_for(b"ha")
+        go_on.set()
+        self.check(client.read_answer(), self.HALF)
+
+    def test_http_1_0_client_sees_a_reset(self):
+        go_on = self.event()
+        client = self.ask([*stream(self.HALF, Pause(go_on), end=False), Cut()], ASK.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        client.wait_for(b"ha")
+        go_on.set()
+        with self.assertRaises(ConnectionResetError):
+            while client.read_some():
+                pass
+        self.assert_next_is_served()
+
+    def test_error_answer_that_is_cut_is_not_handed_on_as_whole(self):
+        for head in ({"Content-Length": "100"}, {"Transfer-Encoding": "chunked"}):
+            with self.subTest(head):
+                self.upstream.requests.clear()
+                got = self.ask_cut(render_head("HTTP/1.1 400 Bad", head), b"5\r\nshort\r\n", Cut())
+                self.assertEqual((got.status, got.error_code), (502, "upstream_connection_error"))
+
+    def test_nonsense_in_mid_stream_is_a_cut(self):
+        for junk in (b"zz\r\n", b"5\r\nabcdefg\r\n", b"5\nabcde\n", b"-1\r\n", b"\r\n", b"0\r\nbad trailer\r\n\r\n"):
+            with self.subTest(junk):
+                go_on = self.event()
+                client = self.ask([*stream(b"data: 1\n\n", Pause(go_on), end=False), junk])
+                client.wait_for(b"data: 1\n\n")
+                go_on.set()
+                got = client.read_answer()
+                self.assertFalse(got.complete)
+                self.assertTrue(got.body.startswith(b"data: 1\n\n"))
+                self.assertNotIn(b"error", got.body)
+        self.assert_next_is_served()
+
+
+class FramingTest(RelayTest):
+    def test_1xx_of_the_upstream_is_skipped(self):
+        for interim in (
+            b"HTTP/1.1 100 Continue\r\n\r\n",
+            b"HTTP/1.1 102 Processing\r\n\r\n",
+            b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n",
+            b"HTTP/1.1 100 \r\n\r\nHTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\n\r\nHTTP/1.1 199 Odd\r\n\r\n",
+        ):
+            for apart in (False, True):
+                with self.subTest(interim, apart=apart):
+                    whole = answer(200, (), {"final": True})
+                    self.script([interim, *whole] if apart else [interim + wire(whole)])
+                    client = self.connect()
+                    client.send(ASK)
+                    got = client.read_answer()
+                    self.assertEqual((got.status, got.interim, got.json()), (200, [], {"final": True}))
+                    self.assertIsNone(got.header("Link"))
+                    self.assert_next_is_served(client)
+
+    def test_101_that_nobody_asked_for_is_a_502(self):
+        self.script([b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nraw bytes"])
+        got = post(self.proxy.port, "/v1/responses", BODY)
+        self.assertEqual((got.status, got.error_code), (502, "upstream_invalid_response"))
+        self.assertNotIn(b"raw bytes", got.body)
+        self.assert_next_is_served()
+
+    def test_upgrade_is_never_asked_for(self):
+        raw = build_request("POST", "/v1/responses", BODY, {"Connection": "Upgrade", "Upgrade": "h2c"})
+        client = self.ask(answer(200, (), {}), raw)
+        self.assertEqual(client.read_answer().status, 200)
+        self.assertEqual(self.upstream.requests[0].all("Upgrade"), [])
+
+    def test_204_and_304_have_no_body_and_the_connection_goes_on(self):
+        for status in (204, 304):
+            with self.subTest(status):
+                self.script([render_head(f"HTTP/1.1 {status} Nothing", {"x-kept": "1"})])
+                client = self.connect()
+                client.send(ASK)
+                got = client.read_answer()
+                self.assertEqual((got.status, got.header("x-kept"), got.body), (status, "1", b""))
+                self.assertEqual(got.all("Transfer-Encoding"), [])
+                if status == 204:
+                    self.assertEqual(got.all("Content-Length"), [])  # RFC 9110 8.6
+                self.assert_next_is_served(client)
+
+    def test_204_with_a_length_does_not_wait_for_a_body(self):
+        self.script([render_head("HTTP/1.1 204 No Content", {"Content-Length": "10"})])
+        client = self.connect()
+        client.send(ASK)
+        self.assertEqual(client.read_answer().status, 204)
+        self.assert_next_is_served(client)
+
+    def test_surplus_after_an_answer_never_reaches_a_client(self):
+        evil = wire(answer(200, (), {"evil": True}))
+        for name, whole in (
+            ("length", wire(answer(200, (), {"good": 1}))),
+            ("chunked", wire(stream(b"data: good\n\n"))),
+            ("204", render_head("HTTP/1.1 204 None", ())),
+            ("error", wire(answer(400, (), {"good": 1}))),
+        ):
+            with self.subTest(name):
+                client = self.ask([whole + evil])
+                first = client.read_answer()
+                self.assertTrue(first.complete)
+                self.assertNotIn(b"evil", first.body)
+                used = self.connection()
+                self.assert_next_is_served(client)
+                self.assertNotEqual(self.upstream.wait_for_requests(2)[-1].connection, used)
+
+    def test_surplus_that_comes_while_the_connection_is_idle_never_reaches_a_client(self):
+        late, sent = self.event(), threading.Event()
+
+        def steps() -> Iterator[Any]:
+            yield from answer(200, (), {"good": 1})
+            yield Pause(late)
+            yield wire(answer(200, (), {"evil": True}))
+            sent.set()
+
+        client = self.ask(Script(steps))
+        self.assertEqual(client.read_answer().json(), {"good": 1})
+        late.set()
+        self.assertTrue(sent.wait(10))
+        used = self.connection()
+        self.assert_next_is_served(client)
+        self.assertNotEqual(self.upstream.wait_for_requests(2)[-1].connection, used)
+
+    def test_close_of_the_upstream_does_not_close_the_clients_connection(self):
+        client = self.connect()
+        for value in ("close", "Close, x-hop", "keep-alive, x-hop"):
+            self.script(answer(200, {"Connection": value, "x-hop": "1"}, {}))
+            client.send(ASK)
+            got = client.read_answer()
+            self.assertEqual((got.status, got.all("Connection")), (200, []))
+            self.assertEqual(got.all("x-hop"), ["1"] if value == "close" else [])
+        self.assert_next_is_served(client)
+
+    def test_http_1_0_answer_of_the_upstream_is_relayed(self):
+        self.script([b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}", Cut()])
+        got = post(self.proxy.port, "/v1/responses", BODY)
+        self.assertEqual((got.status, got.body, got.complete), (200, b"{}", True))
+        self.assert_next_is_served()
+
+    def test_http_1_0_client_gets_no_chunks_and_the_end_of_the_connection(self):
+        raw = ASK.replace(b"HTTP/1.1", b"HTTP/1.0")
+        client = self.ask(stream(b"data: 1\n\n", b"data: 2\n\n"), raw)
+        got = client.read_answer()
+        self.assertEqual((got.all("Transfer-Encoding"), got.all("Content-Length")), ([], []))
+        self.assertEqual((got.body, got.complete), (b"data: 1\n\ndata: 2\n\n", True))
+        client = self.ask(answer(200, (), {"a": 1}), raw)
+        got = client.read_answer()
+        self.assertEqual(got.json(), {"a": 1})
+        self.assertTrue(client.at_eof())
+
+    def test_http_1_0_client_without_host_is_served(self):
+        raw = ASK.replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: 127.0.0.1\r\n", b"")
+        client = self.ask(answer(200, (), {"a": 1}), raw)
+        self.assertEqual(client.read_answer().status, 200)
+
+    def test_client_that_asks_to_close_is_told_and_closed(self):
+        for value in ("close", "Close", "x-other, close"):
+            with self.subTest(value):
+                raw = build_request("POST", "/v1/responses", BODY, {"Connection": value})
+                client = self.ask(stream(b"data: 1\n\n"), raw)
+                got = client.read_answer()
+                self.assertEqual((got.all("Connection"), got.complete), (["close"], True))
+                self.assertTrue(client.at_eof())
+
+    def test_keep_alive_stays_in_step_through_every_kind_of_answer(self):
+        client = self.connect()
+        for reply, status in (
+            (answer(200, (), {"a": 1}), 200),
+            (stream(b"data: 1\n\n"), 200),
+            (stream(), 200),
+            (answer(200, (), b""), 200),
+            ([render_head("HTTP/1.1 204 None", ())], 204),
+            (answer(400, (), {"error": {}}), 400),
+            (stream(b"x" * 100_000, status=422), 422),
+            ([render_head("HTTP/1.1 200 OK", ()), b"until close", Cut()], 200),
+            (answer(302, {"Location": "http://127.0.0.1:1/"}, b""), 302),
+        ):
+            self.script(reply)
+            client.send(ASK)
+            got = client.read_answer()
+            self.assertEqual((got.status, got.complete), (status, True))
+        self.assert_next_is_served(client)
+
+
+class ClientGoneTest(RelayTest):
+    """A client that leaves must not go on costing tokens."""
+
+    def assert_upstream_closed(self, left_at: float) -> None:
+        self.assertTrue(self.upstream.wait_disconnected(self.connection(), 5))
+        self.assertLess(time.monotonic() - left_at, GONE_S)
+
+    def leave(self, client: RawClient, how: str) -> float:
+        left_at = time.monotonic()
+        if how == "FIN":
+            client.close()
+        elif how == "half-close":
+            client.sock.shutdown(socket.SHUT_WR)
+        else:
+            client.reset()
+        return left_at
+
+    def last_record(self, known: int) -> Dict[str, Any]:
+        self.proxy.wait_for_record(lambda one: len(self.proxy.log_records()) > known)
+        return self.proxy.log_records()[-1]
+
+    def test_before_the_first_byte(self):
+        for how in ("FIN", "RST", "half-close"):
+            with self.subTest(how):
+                known = len(self.proxy.log_records())
+                client = self.ask([Pause(self.event())])
+                self.assert_upstream_closed(self.leave(client, how))
+                record = self.last_record(known)
+                self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
+                self.assertEqual((record["bytes_out"], record["ttfb_ms"]), (0, None))
+
+    def test_in_mid_stream_while_the_upstream_is_silent(self):
+        for how in ("FIN", "RST", "half-close"):
+            with self.subTest(how):
+                known = len(self.proxy.log_records())
+                client = self.ask(stream(b"data: 1\n\n", Pause(self.event())))
+                client.wait_for(b"data: 1\n\n")
+                self.assert_upstream_closed(self.leave(client, how))
+                record = self.last_record(known)
+                self.assertEqual((record["status"], record["error"], record["bytes_out"]), (200, "client_gone", 9))
+
+    def test_in_mid_stream_while_the_upstream_sends(self):
+        known = len(self.proxy.log_records())
+        client = self.ask(Flood(3000))
+        client.wait_for(b"zzzz")
+        self.assert_upstream_closed(self.leave(client, "RST"))
+        self.assertEqual(self.last_record(known)["error"], "client_gone")
+
+    def test_while_a_429_is_waited_out(self):
+        known = len(self.proxy.log_records())
+        raw = build_request("POST", "/v1/responses", {"model": "waiting"})
+        client = self.ask(answer(429, {"Retry-After": "10"}, {"error": {}}), raw)
+        self.assertEqual(select.select([client.sock], [], [], 0.3)[0], [])  # it waits, rather than answers
+        left_at = self.leave(client, "FIN")
+        record = self.last_record(known)
+        self.assertLess(time.monotonic() - left_at, GONE_S)
+        self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
+        self.assertEqual(len(self.upstream.requests), 1)
+
+    def test_while_its_error_answer_is_still_coming(self):
+        head = render_head("HTTP/1.1 400 Bad", {"Content-Length": "100"})
+        client = self.ask([head + b"half", Pause(self.event())])
+        self.assert_upstream_closed(self.leave(client, "FIN"))
+
+    def test_in_the_middle_of_its_own_body_asks_no_upstream(self):
+        known = len(self.proxy.log_records())
+        client = self.connect()
+        client.send(ASK[:-5])
+        client.close()
+        record = self.last_record(known)
+        self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
+        self.assertEqual(self.upstream.requests, [])
+
+    def test_others_are_served_all_the_while(self):
+        clients = [self.ask([Pause(self.event())]) for _ in range(10)]
+        for client in clients:
+            client.reset()
+        self.assert_next_is_served()
+
+    def test_unread_pipelined_bytes_do_not_hide_that_it_left(self):
+        client = self.ask([Pause(self.event())], ASK + ASK)
+        self.assert_upstream_closed(self.leave(client, "FIN"))
+
+
+class TimeoutTest(RelayTest):
+    limits = {"keepalive_s": 0.3, "stall_timeout_s": 0.5}
+    IMPATIENT = build_request("POST", "/v1/responses", {"model": "impatient", "stream": True})
+
+    def test_silent_upstream_is_a_504_after_first_byte_timeout_s(self):
+        started = time.monotonic()
+        client = self.ask([Pause(self.event())], self.IMPATIENT)
+        got = client.read_answer()
+        self.assertEqual((got.status, got.error_code), (504, "upstream_timeout"))
+        self.assertTrue(got.json()["error"]["message"].startswith("upstream connection error:"))
+        self.assertIn("first_byte_timeout_s", got.json()["error"]["message"])
+        self.assertTrue(0.4 < time.monotonic() - started < 3)
+        self.assertTrue(self.upstream.wait_disconnected(self.connection(), 2))
+        self.assert_next_is_served(client)
+
+    def test_1xx_and_half_a_head_do_not_count_as_an_answer(self):
+        parts = (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Le", b"H")
+        clients = [self.ask([part, Pause(self.event())], self.IMPATIENT) for part in parts]
+        for part, client in zip(parts, clients):
+            with self.subTest(part):
+                got = client.read_answer()
+                self.assertEqual((got.status, got.error_code), (504, "upstream_timeout"))
+
+    def test_upstream_silent_in_mid_answer_is_cut_after_idle_timeout_s_in_spite_of_comments(self):
+        started = time.monotonic()
+        client = self.ask(stream(b"data: 1\n\n", Pause(self.event())), self.IMPATIENT)
+        got = client.read_answer()
+        self.assertLess(time.monotonic() - started, 3)
+        self.assertEqual((got.status, got.complete), (200, False))
+        self.assertEqual(got.body.replace(b": keepalive\n\n", b""), b"data: 1\n\n")
+        self.assertTrue(self.upstream.wait_disconnected(self.connection(), 2))
+        record = self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
+        self.assertEqual(record["error"], "upstream_timeout")
+
+    def test_slow_but_steady_upstream_is_not_cut(self):
+        gate = self.event()
+
+        def steps() -> Iterator[Any]:
+            yield render_head("HTTP/1.1 200 OK", {"Content-Length": "8"})
+            for _ in range(8):
+                gate.wait(0.1)
+                yield b"x"
+
+        got = self.ask(Script(steps), self.IMPATIENT).read_answer()
+        self.assertEqual((got.body, got.complete), (b"x" * 8, True))
+
+    def test_client_that_does_not_read_is_cut_after_stall_timeout_s(self):
+        known = len(self.proxy.log_records())
+        client = self.ask(Flood(600))
+        client.wait_for(b"zzzz")
+        self.assertTrue(self.upstream.wait_disconnected(self.connection(), 8))
+        self.proxy.wait_for_record(lambda one: len(self.proxy.log_records()) > known)
+        self.assertIsNotNone(self.proxy.log_records()[-1]["error"])
+        self.assert_next_is_served()
+
+    def test_comments_come_while_an_event_stream_is_silent(self):
+        go_on = self.event()
+        client = self.ask(stream(b"data: 1\n\n", Pause(go_on), b"data: 2\n\n"))
+        client.wait_for(b": keepalive\n\n")
+        go_on.set()
+        got = client.read_answer()
+        self.assertEqual(got.body.replace(b": keepalive\n\n", b""), b"data: 1\n\ndata: 2\n\n")
+        self.assertTrue(got.body.endswith(b"data: 2\n\n"))
+
+    def test_comments_come_after_the_headers_though_no_event_has(self):
+        go_on = self.event()
+        client = self.ask(stream(Pause(go_on), b"data: 1\n\n"))
+        client.wait_for(b": keepalive\n\n")
+        go_on.set()
+        self.assertTrue(client.read_answer().complete)
+
+    def test_no_comment_comes_where_it_would_do_harm(self):
+        """All at once, since each stays silent for four times keepalive_s."""
+        gate = self.event()
+        chunked = {"Transfer-Encoding": "chunked"}
+        head, half, rest, end = stream(b"data: 1\n\ndata: half\n", b"\n")
+        clients = {
+            name: self.ask(steps)
+            for name, steps in {
+                "inside an event": [head, half, Pause(gate), rest, end],
+                "into an answer with a length": [
+                    render_head("HTTP/1.1 200 OK", dict(EVENTS, **{"Content-Length": "18"})) + b"data: 1\n\n",
+                    Pause(gate),
+                    b"data: 2\n\n",
+                ],
+                "into what is no event stream": [
+                    render_head("HTTP/1.1 200 OK", dict(chunked, **{"Content-Type": "application/json"})),
+                    b"3\r\n{\n\n\r\n",
+                    Pause(gate),
+                    b"1\r\n}\r\n0\r\n\r\n",
+                ],
+                "into a compressed stream": [
+                    render_head("HTTP/1.1 200 OK", dict(chunked, **EVENTS, **{"Content-Encoding": "gzip"})),
+                    b"2\r\n\n\n\r\n",
+                    Pause(gate),
+                    b"0\r\n\r\n",
+                ],
+                "before the headers": [Pause(gate), *stream(b"data: 1\n\n")],
+            }.items()
+        }
+        timer = threading.Timer(1.2, gate.set)
+        self.addCleanup(timer.cancel)
+        timer.start()
+        for name, client in clients.items():
+            with self.subTest(name):
+                got = client.read_answer()
+                self.assertTrue(got.complete)
+                self.assertNotIn(b"keepalive", got.body)
+
+
+@unittest.skipUnless(sys.platform.startswith("linux"), "needs /proc to measure memory")
+class BackpressureTest(RelayTest):
+    def test_reader_that_stops_slows_the_upstream_and_costs_no_memory(self):
+        self.assertTrue(post(self.proxy.port, "/v1/responses", BODY).complete)
+        before = resident_kib(self.proxy.process.pid)
+        flood = Flood(1200)  # 75 MiB
+        client = self.ask(flood)
+        client.wait_for(b"zzzz")
+        taken = flood.wait_until_stalled()
+        grown = resident_kib(self.proxy.process.pid) - before
+        self.assertLess(taken, 600, "the upstream was not slowed")
+        self.assertLess(grown, 8 * 1024, "KiB")
+        self.assert_next_is_served()  # others have their service meanwhile
+        total, tail = len(client.buffer), b""
+        del client.buffer[:]
+        while not tail.endswith(b"0\r\n\r\n"):
+            data = client.read_some()
+            self.assertTrue(data, "cut")
+            total, tail = total + len(data), (tail + data)[-5:]
+        self.assertGreater(total, 1200 * 65536)
+        self.assertLess(resident_kib(self.proxy.process.pid) - before, 8 * 1024, "KiB")
+
+    def test_many_slow_readers_are_bounded_each(self):
+        before = resident_kib(self.proxy.process.pid)
+        floods = [Flood(300) for _ in range(5)]
+        clients = []
+        for flood in floods:
+            clients.append(self.ask(flood))
+            clients[-1].wait_for(b"zzzz")
+        for flood in floods:
+            flood.wait_until_stalled(0.15)
+        self.assertLess(resident_kib(self.proxy.process.pid) - before, 5 * 2 * 1024, "KiB")
+        for client in clients:
+            client.reset()
+
+
+class DescriptorsTest(RelayTest):
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc to count descriptors")
+    def test_nothing_stays_open_after_answers_cuts_and_departures(self):
+        def count() -> int:
+            return len(os.listdir(f"/proc/{self.proxy.process.pid}/fd"))
+
+        self.assert_next_is_served()
+        before = count()
+        replies: List[Reply] = [
+            answer(200, (), {}),
+            [Cut()],
+            [Reset()],
+            stream(b"data: 1\n\n", end=False),
+            [Pause(self.event())],
+        ]
+        for number in range(60):
+            client = self.ask(replies[number % 5])
+            if number % 5 in (3, 4):
+                client.reset()
+            else:
+                client.read_answer()
+                client.close()
+        deadline = time.monotonic() + 10
+        changed = threading.Event()
+        while count() > before + 3 and time.monotonic() < deadline:
+            changed.wait(0.05)
+        self.assertLessEqual(count(), before + 3)
+
+
+if __name__ == "__main__":
+    unittest.main()

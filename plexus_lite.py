@@ -1256,11 +1256,11 @@ def check_origin(head: RequestHead, config: Config) -> None:
 
 
 class Identity(NamedTuple):
-    """Who asks: the name of the key (None without keys), the label after its colon, the field it came in."""
+    """Who asks: the name of the key (None without keys), the label after its colon, the fields that held our keys."""
 
     name: Optional[str] = None
     label: Optional[str] = None
-    field: str = ""
+    fields: FrozenSet[str] = frozenset()
     models: Optional[Tuple[str, ...]] = None
 
 
@@ -1272,26 +1272,28 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     """
     if not keys:
         return Identity()
-    found: Optional[Identity] = None
+    found: List[Tuple[str, str, Key, str]] = []
     offered = 0
     for field in ("authorization", "x-api-key"):
         values = headers.all(field)
         if len(values) > 1:
-            raise ProxyError("invalid_api_key", f"expected one {field} field, found {len(values)}")
+            raise unknown_key(f"expected one {field} field, found {len(values)}")
         for value in values:
             offered += 1
             scheme, _, rest = value.partition(" ")
             token = rest.strip() if field == "authorization" and scheme.lower() == "bearer" else value
             for name, key in keys.items():
                 label = key_label(token, key.secret)
-                if label is not None and found is None:
-                    found = Identity(name, label or None, field, key.models)
-    if found is None:
-        raise ProxyError(
-            "invalid_api_key",
-            "no API key; send Authorization: Bearer KEY" if not offered else "the API key is not known here",
-        )
-    return found
+                if label is not None:
+                    found.append((field, name, key, label))
+    if not found:
+        raise unknown_key("the API key is not known here" if offered else "no API key; send Authorization: Bearer KEY")
+    _, name, key, label = found[0]
+    return Identity(name, label or None, frozenset(field for field, _, _, _ in found), key.models)
+
+
+def unknown_key(message: str) -> ProxyError:
+    return ProxyError("invalid_api_key", message, fields=[("WWW-Authenticate", 'Bearer realm="plexus_lite"')])
 
 
 def key_label(token: str, secret: str) -> Optional[str]:
@@ -1358,17 +1360,17 @@ def outbound_fields(
     *,
     keep_turn_state: bool = True,
     keep_encoding: bool = True,
-    key_field: str = "",
+    key_fields: FrozenSet[str] = frozenset(),
 ) -> List[Field]:
     """Return the fields that go upstream, but for Host and Content-Length, which the transport sets.
 
     *headers* are the client's end-to-end fields.  *request_id* is the fallback for x-client-request-id,
-    *key_field* the field in which one of our own keys was found.
+    *key_fields* those in which keys of our own were found.
     """
     static = {name.lower() for name, _ in provider.headers}
     dropped = REBUILT | static
     if provider.auth == "passthrough":
-        dropped |= {key_field}
+        dropped |= key_fields
     else:
         dropped |= CREDENTIALS
     dropped |= {name for name in SESSION_SPELLINGS if name not in provider.session_headers}
@@ -1407,12 +1409,22 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length"}
     fields = [field for field in head.headers.fields if field[0].lower() not in dropped]
     if renamed:
-        fields = [(name, renamed[0] if name.lower() == "openai-model" else value) for name, value in fields]
+        name = header_text(renamed[0])
+        if name is None:
+            fields = [field for field in fields if field[0].lower() != "openai-model"]
+        else:
+            fields = [(field, name if field.lower() == "openai-model" else value) for field, value in fields]
     if is_event_stream(head.headers):
         present = {name.lower() for name, _ in fields}
         added = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))
         fields += [field for field in added if field[0].lower() not in present]
     return fields
+
+
+def header_text(text: str) -> Optional[str]:
+    """Return *text* as a field value, None if it has a character that cannot stand in one."""
+    value = text.encode("utf-8", "surrogatepass").decode("latin-1")
+    return value if re.fullmatch(r"[\x20-\x7e\x80-\xff]*", value) else None
 
 
 def replace_model(body: JsonBody, model: str) -> bytes:
@@ -1423,7 +1435,7 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
-    for secret in secrets_sent:
+    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
         text = text.replace(secret, b"*" * len(secret))
     return text
 
@@ -2338,6 +2350,7 @@ class ClientConnection:
         self.is_delimited_by_close = False  # the answer ends with the connection (HTTP/1.0)
         self._aborted = False  # close without a clean end once the rest is out
         self.deadline = loop.now + app.state.config.limits.header_timeout_s
+        self.idle_since = loop.now
         self._stall_deadline = math.inf
         self._watch()
 
@@ -2584,6 +2597,7 @@ class ClientConnection:
         self._end_exchange(exchange)
         self._refusal = None
         self._body = LengthBody(0)
+        self.idle_since = self.loop.now
         if self.closing or self.app.is_draining():
             self.phase = Phase.LINGERING
             self.deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
@@ -3274,7 +3288,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.cache_key,
             keep_turn_state=keep_turn_state,
             keep_encoding=not renamed,
-            key_field=exchange.identity.field,
+            key_fields=exchange.identity.fields,
         )
         body: Union[bytes, bytearray, None] = None
         if renamed and exchange.body_json is not None:
@@ -3557,10 +3571,12 @@ class Server(http.server.ThreadingHTTPServer, Application):
         limit = self.state.config.limits.max_connections
         client = ClientConnection(self.loop, self, self._budget, sock, peer, self._clients.discard)
         if len(self._clients) >= limit:
-            # An idle connection gives way, as in nginx; a client opens another when it has something to say.
-            idle = [other for other in self._clients if other.phase in (Phase.IDLE, Phase.LINGERING)]
+            # The one that was idle longest gives way, as in nginx; its client opens another when it needs one.
+            idle = [
+                other for other in self._clients if other.phase in (Phase.IDLE, Phase.LINGERING) and not other.is_busy
+            ]
             if idle:
-                min(idle, key=lambda other: other.deadline).close()
+                min(idle, key=lambda other: other.idle_since).close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
         self._clients.add(client)
@@ -3718,11 +3734,10 @@ class DemoBackend:
     def count_tokens(self, shard: int, request: Mapping[str, Any]) -> Tuple[int, int]:
         """Return input tokens and how many of them *shard* has cached, and let it cache the rest."""
         items = request.get("input")
-        parts: List[Any] = [[request.get("model"), request.get("instructions"), request.get("tools")]]
-        parts += items if isinstance(items, list) else [items]
+        prefix = json.dumps([request.get("model"), request.get("instructions"), request.get("tools")])
         digest, total, cached = "", 0, 0
-        for part in parts:
-            text = json.dumps(part)
+        for item in items if isinstance(items, list) and items else [items]:
+            text, prefix = prefix + json.dumps(item), ""
             total += max(1, len(text) // 4)
             digest = text_digest(digest + text)
             if self._shards[shard].get(digest, 0.0):
@@ -4042,6 +4057,8 @@ def announce(config: Config, listener: socket.socket) -> None:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # started with stdout closed, say: no socket must get its number
+        pass
     options = parse_options(arguments)
     if options.command == "init":
         say(STARTER.rstrip("\n"))

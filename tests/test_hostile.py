@@ -321,10 +321,10 @@ class InOrderTest(HostileTest):
 
     def test_thousands_of_pipelined_requests_do_not_pile_up(self):
         client = self.connect(20)
-        flood = build_request("GET", "/health") * 3000
+        flood = build_request("GET", "/health") * 1500
         sender = threading.Thread(target=send_what_goes, args=(client, flood))
         sender.start()
-        for _ in range(3000):
+        for _ in range(1500):
             self.assertEqual(client.read_answer().status, 200)
         sender.join(10)
 
@@ -470,7 +470,7 @@ class SlowPeersTest(HostileTest):
 
     def test_slow_upstream_is_no_slow_client(self):
         client, gate = self.busy()
-        self.assertEqual(select.select([client.sock], [], [], 1.2)[0], [])
+        self.assertEqual(select.select([client.sock], [], [], 0.9)[0], [])
         gate.set()
         self.assertEqual(client.read_answer().json(), {"late": 1})
 
@@ -604,7 +604,7 @@ class LimitsTest(HostileTest):
             client.send(build_request("GET", "/health"))
             self.assertEqual(client.read_answer("GET").status, 200)
         self.assert_served()
-        closed = [client for client in idle if client.at_eof(0.2)]
+        closed = [client for client in idle if client.at_eof(0.1)]
         self.assertTrue(1 <= len(closed) <= 2, len(closed))
 
     def test_busy_connection_never_gives_way(self):

@@ -1519,18 +1519,16 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
         return Plan(tuple(targets), "only", targets[0].id)
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
     home = order[0]
-    reason = "rendezvous"
-    for name, remembered in (("owner", snapshot.owner), ("pin", snapshot.pin)):
-        first = next((target for target in order if target.id == remembered), None)
-        if first is not None:
-            reason = name
-            order.remove(first)
-            order.insert(0, first)
-            break
+    known = (("owner", snapshot.owner), ("pin", snapshot.pin))
+    preferred = next(((name, t) for name, wanted in known for t in order if t.id == wanted), None)
+    if preferred:
+        order.remove(preferred[1])
+        order.insert(0, preferred[1])
     if bound:
         account = order[0].provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
     order.sort(key=lambda target: target.id in snapshot.cooling)  # stable: otherwise the order stays
+    reason = preferred[0] if preferred and preferred[1] is order[0] else "rendezvous"
     if reason == "rendezvous":
         peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
         roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
@@ -1571,10 +1569,9 @@ def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
     try:
-        date = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError, IndexError):  # what it raises on junk differs between versions
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):  # what it raises on junk differs between versions
         return None
-    return max(0.0, date.timestamp() - now)
 
 
 def fingerprint_of(members: Mapping[str, Any]) -> str:

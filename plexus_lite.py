@@ -29,7 +29,7 @@ Table of contents (each room uses only rooms above it; everything above the wate
      8  Transport       urllib opener over pooled connections, TLS
      9  Relay           the loop: client connections, answers, backpressure, timeouts
     10  Handler         read, route, place, forward
-    11  Server          listen, accept, reload, drain, stop
+    11  Server          listen, accept, reload, drain, stop, workers
     12  Demo            the built-in upstream behind demo://
     13  CLI             options, init, main
 
@@ -1450,17 +1450,12 @@ def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:
     return [*error.fields, ("x-plexus-error", error.code)], render_json({"error": detail})
 
 
-def own_fields() -> List[Field]:
-    """Return the fields of an answer that is our own (RFC 9110 6.6.1: an origin server sends Date)."""
-    return [("Content-Type", "application/json"), ("Date", email.utils.formatdate(usegmt=True))]
-
-
 def render_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 # ---------------------------------------------------------------------------
-# 6  Placement -- rendezvous_score, plan_targets, is_movable, cooldown_s, fingerprint_of; Remembered, Fleet.
+# 6  Placement -- rendezvous_score, plan_targets, is_pinned, cooldown_s, fingerprint_of; Remembered, Fleet.
 #    Decisions are functions of targets, load and clock; Fleet holds what they look at, each map behind its own lock.
 # ---------------------------------------------------------------------------
 
@@ -2108,6 +2103,11 @@ def connect_tcp(host: str, port: int, deadline: float, is_gone: Callable[[], boo
 # 9  Relay -- Loop, ClientConnection, Exchange, Answer: one thread that owns every client socket and every running
 #    answer.  Nothing in it blocks: not a send to a slow reader, not the wait for a first byte.
 # ---------------------------------------------------------------------------
+
+
+def own_fields() -> List[Field]:
+    """Return the fields of an answer that is our own (RFC 9110 6.6.1: an origin server sends Date)."""
+    return [("Content-Type", "application/json"), ("Date", email.utils.formatdate(usegmt=True))]
 
 
 class State(NamedTuple):
@@ -3321,7 +3321,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
-# 11  Server -- Log, Server: listen, accept, hand to threads, reload, drain, stop.
+# 11  Server -- Log, listen, Server, Supervisor: accept, hand to threads, reload, drain, stop; several workers.
 # ---------------------------------------------------------------------------
 
 LEVELS: Final = ("error", "warning", "info", "debug")

@@ -37,14 +37,14 @@ def fuzz(folder: str, name: str, options: List[str]) -> None:
     with atheris.instrument_imports(include=["plexus_lite"]):
         importlib.import_module("plexus_lite")
     cases = importlib.import_module("tests.test_fuzz")  # only now: it imports the program
-    check, seeds = cases.TARGETS[name]
+    check, seeds, near = cases.TARGETS[name]
 
     def run(data: bytes) -> None:
         check(data)
 
     corpus = os.path.join(folder, "corpus")
     os.mkdir(corpus)
-    for number, seed in enumerate(seeds):
+    for number, seed in enumerate((*seeds, *near)):
         with open(os.path.join(corpus, str(number)), "wb") as file:
             file.write(seed)
     dictionary = os.path.join(folder, "tokens")

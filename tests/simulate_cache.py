@@ -55,14 +55,10 @@ class Turn(NamedTuple):
     output_tokens: int
 
 
-class Place(NamedTuple):
-    key: str
-
-
 @dataclasses.dataclass
 class Conversation:
     number: int
-    place: Place
+    place: plexus_lite.Place
     start_s: float
     turns: List[Turn]
     has_session: bool = True
@@ -96,7 +92,7 @@ def make_conversations(
         elif rng.random() < anonymous:
             value = None
         members = {"model": MODEL, "instructions": "You are a coding agent.", "input": [f"task {number}"]}
-        place = Place(plexus_lite.fingerprint_of(members) if value is None else plexus_lite.text_digest(value))
+        place = plexus_lite.place_of(value, members, MODEL)
         found.append(Conversation(number, place, start, turns, value is not None))
     return found
 
@@ -229,7 +225,7 @@ class StickyMap(LeastConnections):
 
 
 class Ours(Policy):
-    """plexus_lite: what Handler.plan and note_success do, with a simulated clock."""
+    """plexus_lite: the calls that its handler makes, with a simulated clock."""
 
     name = "plexus_lite"
 
@@ -238,9 +234,7 @@ class Ours(Policy):
         self.fleet = plexus_lite.Fleet()
 
     def candidates(self, conversation: Conversation, targets: Sequence[Target], now: float) -> Iterator[Target]:
-        key = conversation.place.key
-        pin = self.fleet.pins.get(key, now, PIN_IDLE_S)
-        self.plan = plexus_lite.plan_targets(targets, key, self.fleet.snapshot(targets, now, None, pin))
+        self.plan = self.fleet.plan(targets, conversation.place, now, PIN_IDLE_S)
         self.placements[self.plan.reason] += 1
         self.targets, self.tried = targets, 0
         for target in self.plan.targets:
@@ -258,10 +252,7 @@ class Ours(Policy):
 
     def served(self, conversation: Conversation, target: Target, now: float) -> None:
         self.fleet.succeeded(target)
-        if plexus_lite.is_pinned(self.plan, target, self.tried, self.targets):
-            self.fleet.pins.put(conversation.place.key, target.id, now)
-        elif target.id == self.plan.home:
-            self.fleet.pins.forget(conversation.place.key)
+        self.fleet.served(self.targets, conversation.place, self.plan, target, self.tried, now)
 
 
 POLICIES: List[Type[Policy]] = [Random, RoundRobin, LeastConnections, StickyMap, Ours]

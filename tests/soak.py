@@ -294,18 +294,20 @@ class Soak:
 
         async def slowly() -> None:
             nonlocal timed_out
-            while time.monotonic() < end:
+            is_cut = False  # once at least, also where that takes longer
+            while time.monotonic() < end + 10 * (not is_cut):
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy.port)
                 answer = asyncio.ensure_future(reader.read(65536))
                 for byte in b"POST /v1/responses HTTP/1.1\r\nx-slow: " + b"a" * 10000:
                     with contextlib.suppress(ConnectionError):
                         writer.write(bytes([byte]))
                     await asyncio.wait([answer], timeout=0.2)
-                    if answer.done() or time.monotonic() > end:
+                    if answer.done() or time.monotonic() > end + 10 * (not is_cut):
                         break
                 if answer.done():
                     with contextlib.suppress(ConnectionError):
-                        timed_out += answer.result().startswith(b"HTTP/1.1 408 ")
+                        is_cut = answer.result().startswith(b"HTTP/1.1 408 ")
+                        timed_out += is_cut
                 answer.cancel()
                 writer.close()
 
@@ -353,7 +355,8 @@ class Soak:
         self.report.add("stopped", "growth of the proxy, most", f"{(most - before) / MIB:.1f} MiB")
         self.report.add("stopped", "taken from the upstream before it stopped", f"{seen / MIB:.1f} MiB")
         self.report.check(most - before < self.scale.growth_bytes, f"stopped: grew by {(most - before) / MIB:.1f} MiB")
-        self.report.check(seen < self.scale.flood_bytes / 2, "stopped: the upstream was not slowed down")
+        # What stands in the sockets' buffers, which grow to a few MiB each, is not the proxy's.
+        self.report.check(seen < min(self.scale.flood_bytes, 32 * MIB), "stopped: the upstream was not slowed down")
         started = time.monotonic()
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         total, tail = 0, b""
@@ -398,7 +401,8 @@ class Soak:
         files, threads = await self.start()
         await self.streams(min(3.0, scale.streams_s / 4))  # the warm-up
         await self.shorts(scale.short // 10)
-        await self.settle("warm-up", files, threads)
+        if scale.wait_for_threads:
+            await self.settle("warm-up", files, threads)
         warm = resident_bytes(pid)
         fates = await self.streams(scale.streams_s)
         report.add("streams", "whole, client left, upstream reset", "{whole}, {left}, {reset}".format(**fates))

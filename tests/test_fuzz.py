@@ -57,6 +57,46 @@ ABSOLUTE = b"GET http://127.0.0.1:4000/v1/models?a=b HTTP/1.1\r\nHost: other\r\n
 EXPECTING = b"POST /responses HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc"
 REQUESTS = (CODEX, PI, SDK_CHUNKED, MODELS, OLD, ABSOLUTE, EXPECTING, b"\r\n" + MODELS, SDK_CHUNKED + PI + MODELS)
 
+# Nearly right: what other readers have taken, each in its own way.
+PI_HEAD = PI[: -len(b"\r\n\r\nhello")]
+CHUNKED_HEAD = SDK_CHUNKED[: SDK_CHUNKED.index(b"\r\n\r\n") + 4]
+NEAR_REQUESTS = (
+    *(PI_HEAD + b"\r\n" + line + b"\r\n\r\nhello" for line in (b"Content-Length: 5", b"Content-Length: 6", b"host: b")),
+    *(
+        PI_HEAD + b"\r\n" + line + b"\r\n\r\n0\r\n\r\n"
+        for line in (b"Transfer-Encoding: chunked", b"TRANSFER-ENCODING:")
+    ),
+    *(
+        PI.replace(b": 5", b": " + value)
+        for value in (b"5, 5", b"+5", b"0x5", b"5_", b"5 5", b"-5", b"\xb2", b"", b"5.0")
+    ),
+    *(SDK_CHUNKED.replace(b": chunked", value) for value in (b": gzip, chunked", b": chunked, chunked", b": xchunked")),
+    *(
+        SDK_CHUNKED.replace(b": chunked", value)
+        for value in (b":\x0bchunked", b" : chunked", b": chunked\r\n ,x", b":")
+    ),
+    *(SDK_CHUNKED.replace(b"1.1", version) for version in (b"1.0", b"2.0", b"0.9", b"1.1 ", b"1.10", b"1,1")),
+    *(
+        CHUNKED_HEAD + size + b"\r\nhello\r\n0\r\n\r\n"
+        for size in (b"5;a\nb", b"5;\0", b"5 ", b" 5", b"0x5", b"+5", b"5\r", b"")
+    ),
+    *(CHUNKED_HEAD + rest for rest in (b"5\nhello\r\n0\r\n\r\n", b"5\r\nhello!\r\n0\r\n\r\n", b"0\r\nX Y: 1\r\n\r\n")),
+    *(
+        CHUNKED_HEAD + rest
+        for rest in (b"5\r\nhello\n0\r\n\r\n", b"0\r\n\0: 1\r\n\r\n", b"5\r\nhelloXY0\r\n\r\n", b"g\r\n")
+    ),
+    *(
+        MODELS.replace(b"/v1/models", target)
+        for target in (b"v1/models", b"/a b", b"/a#b", b"*", b"http://", b"/\x7f", b"/\xe9")
+    ),
+    *(MODELS.replace(b"[::1]:4000", host) for host in (b"", b"a b", b"a, b", b"a/b", b"a@b", b"[::1", b"a:b", b"a\0")),
+    *(
+        MODELS.replace(b"\r\nHost", line + b"Host")
+        for line in (b"\n", b"\r", b"\r\n ", b"\r\nno colon\r\n", b"\r\n: x\r\n")
+    ),
+    MODELS.replace(b"Host: [::1]:4000\r\n", b""),
+)
+
 EVENTS = (
     b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1","model":"gpt"}}\n\n'
     b'event: response.output_text.delta\ndata: {"delta":"hi"}\n\n'
@@ -75,6 +115,40 @@ ANSWERS = (
     b"HTTP/1.1 429 Too Many\r\nRetry-After: 1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
     b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n",
     b"HTTP/1.1 200 \r\nX-Empty:\r\nX-Latin: \xe9\r\nContent-Length: 0\r\n\r\n",
+)
+JSON_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+NEAR_ANSWERS = (
+    b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + JSON_ANSWER,
+    *(
+        JSON_ANSWER.replace(b"HTTP/1.1 200 OK", line)
+        for line in (b"HTTP/1.1 2000 OK", b"HTTP/1.1 20 OK", b"HTTP/2.0 200 OK")
+    ),
+    *(
+        JSON_ANSWER.replace(b"HTTP/1.1 200 OK", line)
+        for line in (b"HTTP/1.1 099 A", b"HTTP/1.1 600 A", b"200 OK", b"ICY 200 OK")
+    ),
+    *(JSON_ANSWER.replace(b"200 OK", line) for line in (b"200OK", b"200 O\0K", b"200 O\rK", b"+20 OK", b" 200 OK")),
+    *(
+        JSON_ANSWER.replace(b": 2", b": " + value)
+        for value in (b"2, 2", b"+2", b"3", b"0x2", b"", b"2\r\nContent-Length: 2")
+    ),
+    *(
+        JSON_ANSWER.replace(b"Content-L", line + b"Content-L")
+        for line in (b"Transfer-Encoding: chunked\r\n", b"a\r\n", b"a : b\r\n")
+    ),
+    *(
+        JSON_ANSWER.replace(b"Content-L", line + b"Content-L")
+        for line in (b"a: b\n", b"a: b\r\n c\r\n", b"a: \0\r\n", b"\n")
+    ),
+    *(
+        CHUNKED.replace(b": chunked", value)
+        for value in (b": gzip, chunked", b": identity", b":\x0bchunked", b": chunked, chunked")
+    ),
+    *(
+        CHUNKED.replace(b"\r\n0\r\n\r\n", end)
+        for end in (b"\r\n0\r\n", b"\r\n0\n\n", b"XY0\r\n\r\n", b"\n0\r\n\r\n", b"\r\n00")
+    ),
+    CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0"),
 )
 DOCUMENTS = (
     b'{"model": "gpt-5.5", "instructions": "You", "input": [{"role": "user", "content": "hi \\u00e9"}], "n": 1.5e3}',
@@ -765,12 +839,13 @@ EVENT_SEEDS = (
     b": c\n\ndata\ndata:1\n\n\n",
     b"\r\n\n",
 )
-TARGETS: Dict[str, Tuple[Callable[[bytes], str], Sequence[bytes]]] = {
-    "request": (check_request, REQUESTS),
-    "answer": (check_answer, ANSWERS),
-    "events": (check_events, EVENT_SEEDS),
-    "json": (check_json, DOCUMENTS),
-    "content": (check_content, content_seeds()),
+# name: (property, seeds to change, seeds that are taken as they are)
+TARGETS: Dict[str, Tuple[Callable[[bytes], str], Sequence[bytes], Sequence[bytes]]] = {
+    "request": (check_request, REQUESTS, NEAR_REQUESTS),
+    "answer": (check_answer, ANSWERS, NEAR_ANSWERS),
+    "events": (check_events, EVENT_SEEDS, ()),
+    "json": (check_json, DOCUMENTS, ()),
+    "content": (check_content, content_seeds(), ()),
 }
 
 
@@ -783,12 +858,14 @@ class FuzzCase(unittest.TestCase):
 
     def fuzz(self, target: str, make: Callable[[random.Random, Sequence[bytes]], bytes] = mutate) -> Counter[str]:
         """Try the seeds and what *make* makes of them, until the time is up; return what was seen how often."""
-        seeds = TARGETS[target][1]
+        _, seeds, near = TARGETS[target]
+        for seed in (*seeds, *near):
+            self.try_one(target, seed)
         seen: Counter[str] = collections.Counter()
         deadline = time.monotonic() + SECONDS
         for number in range(MAX_RUNS):
             rng = random.Random(f"{SEED} {target} {number}")
-            seen[self.try_one(target, seeds[number] if number < len(seeds) else make(rng, seeds))] += 1
+            seen[self.try_one(target, make(rng, seeds))] += 1
             if time.monotonic() > deadline:
                 break
         if SECONDS > 5:
@@ -809,6 +886,12 @@ class RequestTest(FuzzCase):
         for seed in REQUESTS:
             self.assertEqual("taken", self.try_one("request", seed), seed)
 
+    def test_near_misses_are_refused(self):
+        for seed in NEAR_REQUESTS:
+            with self.subTest(seed[-200:]):
+                self.assertEqual("refused", self.try_one("request", seed))
+                self.assertEqual([], read_requests([seed])[0])
+
     def test_empty_line_before_a_request_in_two_reads(self):
         self.assertEqual((1, False), (len(read_requests([b"\r", b"\n" + MODELS])[0]), False))
 
@@ -820,6 +903,11 @@ class AnswerTest(FuzzCase):
     def test_seeds_are_relayed(self):
         for seed in ANSWERS:
             self.assertEqual("relayed", self.try_one("answer", seed), seed)
+
+    def test_near_misses_are_refused(self):
+        for seed in NEAR_ANSWERS:
+            with self.subTest(seed[-200:]):
+                self.assertEqual("refused", self.try_one("answer", seed))
 
     def test_every_early_end_is_a_cut(self):
         for seed in ANSWERS[:2]:

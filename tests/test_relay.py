@@ -145,6 +145,13 @@ class RelayTest(unittest.TestCase):
         self.upstream.wait_for_requests(1)
         return client
 
+    def labelled(self, label: str, model: str = "gpt-test") -> bytes:
+        """Return a request whose record `record_of` finds, answered or not."""
+        return build_request("POST", "/v1/responses", dict(BODY, model=model), key=f"sk-client:{label}")
+
+    def record_of(self, label: str) -> Dict[str, Any]:
+        return self.proxy.wait_for_record(lambda one: one.get("label") == label)
+
     def assert_next_is_served(self, client: Optional[RawClient] = None) -> None:
         """A further request, on the same connection if *client* is given, has its own whole answer."""
         self.script(answer(200, (), {"next": "served"}))
@@ -510,44 +517,35 @@ class ClientGoneTest(RelayTest):
             client.reset()
         return left_at
 
-    def last_record(self, known: int) -> Dict[str, Any]:
-        self.proxy.wait_for_record(lambda one: len(self.proxy.log_records()) > known)
-        return self.proxy.log_records()[-1]
-
     def test_before_the_first_byte(self):
         for how in ("FIN", "RST", "half-close"):
             with self.subTest(how):
-                known = len(self.proxy.log_records())
-                client = self.ask([Pause(self.event())])
+                client = self.ask([Pause(self.event())], self.labelled("before " + how))
                 self.assert_upstream_closed(self.leave(client, how))
-                record = self.last_record(known)
+                record = self.record_of("before " + how)
                 self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
                 self.assertEqual((record["bytes_out"], record["ttfb_ms"]), (0, None))
 
     def test_in_mid_stream_while_the_upstream_is_silent(self):
         for how in ("FIN", "RST", "half-close"):
             with self.subTest(how):
-                known = len(self.proxy.log_records())
-                client = self.ask(stream(b"data: 1\n\n", Pause(self.event())))
+                client = self.ask(stream(b"data: 1\n\n", Pause(self.event())), self.labelled("silent " + how))
                 client.wait_for(b"data: 1\n\n")
                 self.assert_upstream_closed(self.leave(client, how))
-                record = self.last_record(known)
+                record = self.record_of("silent " + how)
                 self.assertEqual((record["status"], record["error"], record["bytes_out"]), (200, "client_gone", 9))
 
     def test_in_mid_stream_while_the_upstream_sends(self):
-        known = len(self.proxy.log_records())
-        client = self.ask(Flood(3000))
+        client = self.ask(Flood(3000), self.labelled("flood"))
         client.wait_for(b"zzzz")
         self.assert_upstream_closed(self.leave(client, "RST"))
-        self.assertEqual(self.last_record(known)["error"], "client_gone")
+        self.assertEqual(self.record_of("flood")["error"], "client_gone")
 
     def test_while_a_429_is_waited_out(self):
-        known = len(self.proxy.log_records())
-        raw = build_request("POST", "/v1/responses", {"model": "waiting"})
-        client = self.ask(answer(429, {"Retry-After": "10"}, {"error": {}}), raw)
+        client = self.ask(answer(429, {"Retry-After": "10"}, {"error": {}}), self.labelled("429", "waiting"))
         self.assertEqual(select.select([client.sock], [], [], 0.15)[0], [])  # it waits, rather than answers
         left_at = self.leave(client, "FIN")
-        record = self.last_record(known)
+        record = self.record_of("429")
         self.assertLess(time.monotonic() - left_at, GONE_S)
         self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
         self.assertEqual(len(self.upstream.requests), 1)
@@ -558,11 +556,10 @@ class ClientGoneTest(RelayTest):
         self.assert_upstream_closed(self.leave(client, "FIN"))
 
     def test_in_the_middle_of_its_own_body_asks_no_upstream(self):
-        known = len(self.proxy.log_records())
         client = self.connect()
-        client.send(ASK[:-5])
+        client.send(self.labelled("half")[:-5])
         client.close()
-        record = self.last_record(known)
+        record = self.record_of("half")
         self.assertEqual((record["status"], record["error"]), (499, "client_gone"))
         self.assertEqual(self.upstream.requests, [])
 
@@ -620,12 +617,10 @@ class TimeoutTest(RelayTest):
         self.assertEqual((got.body, got.complete), (b"x" * 7, True))
 
     def test_client_that_does_not_read_is_cut_after_stall_timeout_s(self):
-        known = len(self.proxy.log_records())
-        client = self.ask(Flood(600))
+        client = self.ask(Flood(600), self.labelled("stalled"))
         client.wait_for(b"zzzz")
         self.assertTrue(self.upstream.wait_disconnected(self.connection(), 8))
-        self.proxy.wait_for_record(lambda one: len(self.proxy.log_records()) > known)
-        self.assertIsNotNone(self.proxy.log_records()[-1]["error"])
+        self.assertIsNotNone(self.record_of("stalled")["error"])
         self.assert_next_is_served()
 
     def test_comments_come_while_an_event_stream_is_silent_after_its_headers_or_an_event(self):

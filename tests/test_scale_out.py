@@ -143,6 +143,7 @@ defaults
     option redispatch
     retries 3
     timeout connect 5s
+    timeout check 10s
     timeout client 15m
     timeout server 15m
     option httpchk GET /health

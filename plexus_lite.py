@@ -2347,7 +2347,7 @@ class ClientConnection:
         self.is_delimited_by_close = False  # the answer ends with the connection (HTTP/1.0)
         self._aborted = False  # close without a clean end once the rest is out
         self.deadline = loop.now + app.state.config.limits.header_timeout_s
-        self.idle_since = loop.now
+        self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
         self._stall_deadline = math.inf
         self._watch()
 
@@ -2594,7 +2594,7 @@ class ClientConnection:
         self._end_exchange(exchange)
         self._refusal = None
         self._body = LengthBody(0)
-        self.idle_since = self.loop.now
+        self.idle_since = time.monotonic()
         if self.closing or self.app.is_draining():
             self.phase = Phase.LINGERING
             self.deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s

@@ -1,10 +1,11 @@
 """Room 10, end to end: what a client sends is what the upstream gets, and every refusal says why."""
 
+import contextlib
 import gzip
 import json
 import unittest
 import zlib
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from tests.support import (
     Answer,
@@ -25,11 +26,13 @@ from tests.support import (
 PREFIXES = ("", "/v1", "/backend-api", "/codex", "/v1/codex", "/backend-api/codex")
 
 
-def enter(add_cleanup: Callable[..., Any], context: Any) -> Any:
-    """Enter *context*, to be left by *add_cleanup*."""
-    value = context.__enter__()
-    add_cleanup(context.__exit__, None, None, None)
-    return value
+SHARED = contextlib.ExitStack()  # two upstreams and a proxy for each configuration, left when the module ends
+PLACES: Dict[str, Tuple[FakeUpstream, FakeUpstream, Proxy]] = {}
+
+
+def tearDownModule():
+    PLACES.clear()
+    SHARED.close()
 
 
 def empty(*upstreams: FakeUpstream) -> None:
@@ -51,8 +54,11 @@ class HandlerTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.up, cls.other = enter(cls.addClassCleanup, FakeUpstream()), enter(cls.addClassCleanup, FakeUpstream())
-        cls.proxy = enter(cls.addClassCleanup, Proxy(cls.configuration()))
+        name = cls.configuration.__qualname__
+        if name not in PLACES:
+            cls.up, cls.other = SHARED.enter_context(FakeUpstream()), SHARED.enter_context(FakeUpstream())
+            PLACES[name] = cls.up, cls.other, SHARED.enter_context(Proxy(cls.configuration()))
+        cls.up, cls.other, cls.proxy = PLACES[name]
 
     @classmethod
     def configuration(cls) -> Dict[str, Any]:

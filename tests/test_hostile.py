@@ -441,6 +441,8 @@ class SlowPeersTest(HostileTest):
         waiting = [(*row, self.connect()) for row in self.SLOW]
         for _, at_once, _, _, _, client in waiting:
             client.send(at_once)
+            if b"100-continue" in at_once:
+                client.wait_for(b"100 Continue\r\n\r\n")
         for turn in range(60):
             for row in list(waiting):
                 name, _, drip, status, key, client = row

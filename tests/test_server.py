@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -336,6 +337,7 @@ class StopTest(ServerTest):
         self.assertTrue(used.at_eof(2))
         with self.assertRaises(ConnectionError):
             RawClient(proxy.port)
+        self.assertEqual(select.select([client.sock], [], [], 0.4)[0], [])  # nor is it cut a while later
         self.assertIsNone(proxy.returncode)
         gate.set()
         got = client.read_answer()

@@ -3669,6 +3669,9 @@ class Supervisor:
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
+                os.setpgid(
+                    0, 0
+                )  # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts
                 self._lifeline.close()
                 code = self._serve_one(number, self._child_end)
             finally:

@@ -462,7 +462,7 @@ def running(soak: Soak) -> Iterator[Tuple[str, Callable[[Awaitable[None]], Any]]
 def soak(scale: Scale) -> Report:
     """Run it all; the report says what failed."""
     test = Soak(scale)
-    full = 1024 if scale.idle >= 1000 else scale.idle // 2
+    full = 1024 if scale.idle >= 1000 else scale.slow * 5 // 2  # room for all but the idle ones
     limits: Dict[str, Any] = {"header_timeout_s": min(5, scale.beside_s / 3), "pool_idle_s": scale.pool_idle_s}
     with running(test) as (url, run):
         with Proxy(make_config(url, limits=dict(limits, max_connections=4000))) as proxy:

@@ -76,6 +76,14 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual(proxy.process.wait(10), 0)
         wait_until(lambda: not any(map(is_running, workers)), "the workers end")
 
+    def test_ctrl_c_reaches_a_worker_once(self) -> None:
+        """A terminal signals the whole process group; with the one that is passed on there would be two, and two cut."""
+        proxy = self.start(self.upstream)
+        group = os.getpgid(proxy.process.pid)
+        wait_until(
+            lambda: all(os.getpgid(pid) != group for pid in children(proxy.process.pid)), "workers leave the group"
+        )
+
     def test_sighup_reloads_every_worker(self) -> None:
         proxy = self.start(self.upstream)
         changed = support.make_config(self.upstream, workers=2)

@@ -77,7 +77,7 @@ class WorkersTest(unittest.TestCase):
         wait_until(lambda: not any(map(is_running, workers)), "the workers end")
 
     def test_ctrl_c_reaches_a_worker_once(self) -> None:
-        """A terminal signals the whole process group; with the one that is passed on there would be two, and two cut."""
+        """A terminal signals the whole process group; with the one passed on there would be two, and two cut."""
         proxy = self.start(self.upstream)
         group = os.getpgid(proxy.process.pid)
         wait_until(

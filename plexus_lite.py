@@ -143,6 +143,8 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
+EAGER_THREADS: Final = 16  # handler threads started at once; more only when a turn has waited for a tick
+MAX_STARTS: Final = 64  # handler threads started in one tick
 THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -3433,8 +3435,9 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.started = int(time.time())
         self._reload_state = reload_state
         self._turns: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
-        self._threads_lock = threading.Lock()  # protects _idle_threads
-        self._idle_threads = 0
+        self._threads_lock = threading.Lock()  # protects _threads and _spare
+        self._threads = 0
+        self._spare = 0  # threads without a turn; below 0, turns without a thread
         self._budget = Budget()
         self._clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
@@ -3492,13 +3495,18 @@ class Server(http.server.ThreadingHTTPServer, Application):
     # -- what ThreadingHTTPServer asks -----------------------------------
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the turn to an idle handler thread, else to a new one: starting a thread costs more than a whole short
-        request does otherwise.  There are as many as turns at one time; idle ones end after a while."""
+        """Give the turn to a handler thread; starting one costs more than all the rest of a short request."""
         with self._threads_lock:
-            is_new = self._idle_threads == 0
-            self._idle_threads -= not is_new
+            self._spare -= 1
         self._turns.put((request, client_address))
-        if is_new:
+        if self._spare < 0 and self._threads < EAGER_THREADS:
+            self._start_threads(1)
+
+    def _start_threads(self, count: int) -> None:
+        for _ in range(count):
+            with self._threads_lock:
+                self._threads += 1
+                self._spare += 1
             threading.Thread(target=self._take_turns, name="handler", daemon=True).start()
 
     def _take_turns(self) -> None:
@@ -3507,14 +3515,15 @@ class Server(http.server.ThreadingHTTPServer, Application):
                 request, client_address = self._turns.get(timeout=THREAD_IDLE_S)
             except queue.Empty:
                 with self._threads_lock:
-                    if self._idle_threads:  # else a turn is on its way here
-                        self._idle_threads -= 1
+                    if self._spare > 0:  # else a turn is on its way here
+                        self._threads -= 1
+                        self._spare -= 1
                         return
                 continue
             self.process_request_thread(request, client_address)
             del request
             with self._threads_lock:
-                self._idle_threads += 1
+                self._spare += 1
 
     def shutdown_request(self, request: Any) -> None:
         """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
@@ -3585,6 +3594,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
+        if self._spare < 0:  # every thread is busy, perhaps with an upstream that does not answer: nobody waits for it
+            self._start_threads(min(-self._spare, MAX_STARTS))
         self._stop_if_drained()
 
     def _stop_if_drained(self) -> None:

@@ -3435,8 +3435,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self.started = int(time.time())
         self._reload_state = reload_state
         self._turns: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
-        self._threads_lock = threading.Lock()  # protects _threads and _spare
-        self._threads = 0
+        self._handlers_lock = threading.Lock()  # protects _handlers and _spare
+        self._handlers = 0  # threads; not _threads, which ThreadingMixIn has
         self._spare = 0  # threads without a turn; below 0, turns without a thread
         self._budget = Budget()
         self._clients: Set[ClientConnection] = set()
@@ -3496,16 +3496,16 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the turn to a handler thread; starting one costs more than all the rest of a short request."""
-        with self._threads_lock:
+        with self._handlers_lock:
             self._spare -= 1
         self._turns.put((request, client_address))
-        if self._spare < 0 and self._threads < EAGER_THREADS:
+        if self._spare < 0 and self._handlers < EAGER_THREADS:
             self._start_threads(1)
 
     def _start_threads(self, count: int) -> None:
         for _ in range(count):
-            with self._threads_lock:
-                self._threads += 1
+            with self._handlers_lock:
+                self._handlers += 1
                 self._spare += 1
             threading.Thread(target=self._take_turns, name="handler", daemon=True).start()
 
@@ -3514,15 +3514,15 @@ class Server(http.server.ThreadingHTTPServer, Application):
             try:
                 request, client_address = self._turns.get(timeout=THREAD_IDLE_S)
             except queue.Empty:
-                with self._threads_lock:
+                with self._handlers_lock:
                     if self._spare > 0:  # else a turn is on its way here
-                        self._threads -= 1
+                        self._handlers -= 1
                         self._spare -= 1
                         return
                 continue
             self.process_request_thread(request, client_address)
             del request
-            with self._threads_lock:
+            with self._handlers_lock:
                 self._spare += 1
 
     def shutdown_request(self, request: Any) -> None:

@@ -143,6 +143,7 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
+STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 EAGER_THREADS: Final = 16  # handler threads started at once; more only when a turn has waited for a tick
 MAX_STARTS: Final = 64  # handler threads started in one tick
 THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
@@ -286,6 +287,8 @@ def a_secret(value: Any, path: str) -> str:
     """Credentials travel in header fields: visible ASCII only.  Errors never show the value."""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise ConfigError(path, "expected a non-empty string of visible ASCII characters")
+    if value.startswith("file:"):  # sent as it is, it would be a wrong key with a path in it
+        raise ConfigError(path, "secrets in files are not read by this version; name an environment variable: ${NAME}")
     return value
 
 
@@ -366,8 +369,10 @@ def a_base_url(value: Any, path: str) -> str:
         raise problem
     try:
         parts = urllib.parse.urlsplit(value)
+        if "[" in parts.netloc:
+            ipaddress.IPv6Address(parts.hostname or "")  # before 3.11 urlsplit takes anything between brackets
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of brackets, or of the port, which is looked at only when it is asked for
+    except ValueError:  # the port is looked at only when it is asked for
         raise problem from None
     if not usable:
         raise problem
@@ -4016,6 +4021,7 @@ def serve(options: argparse.Namespace) -> int:
         say(f"--log-file {options.log_file}: cannot be opened: {error.strerror}", 2)
         return EXIT_USAGE
     raise_descriptor_limit(state.config)
+    threading.stack_size(STACK_BYTES)
     try:
         listener = listen(state.config.host, state.config.port)
     except (OSError, OverflowError) as error:

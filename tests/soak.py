@@ -465,12 +465,15 @@ def soak(scale: Scale) -> Report:
     full = 1024 if scale.idle >= 1000 else scale.slow * 5 // 2  # room for all but the idle ones
     limits: Dict[str, Any] = {"header_timeout_s": min(5, scale.beside_s / 3), "pool_idle_s": scale.pool_idle_s}
     with running(test) as (url, run):
-        with Proxy(make_config(url, limits=dict(limits, max_connections=4000))) as proxy:
-            run(test.run(proxy))
-        if full != 1024:
-            limits["max_connections"] = full
-        with Proxy(make_config(url, limits=limits)) as proxy:
-            run(test.run_full(proxy, full))
+        try:
+            with Proxy(make_config(url, limits=dict(limits, max_connections=4000))) as proxy:
+                run(test.run(proxy))
+            if full != 1024:
+                limits["max_connections"] = full
+            with Proxy(make_config(url, limits=limits)) as proxy:
+                run(test.run_full(proxy, full))
+        except AssertionError as error:  # the proxy's whole log, a traceback at its end
+            test.report.failures.append(str(error)[-3000:])
     return test.report
 
 

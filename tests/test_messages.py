@@ -607,7 +607,7 @@ class JsonBodies(Refusals):
                 self.assertEqual(error.param, "model")
 
     def test_depth_is_bounded_and_real_depth_is_not(self):
-        for depth in (20_000, 1_000_000):
+        for depth in (100_000, 1_000_000):  # 3.14 goes down to some 65,000, older ones to 1,000 or 10,000
             for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
                 with self.subTest(depth, opening=opening):
                     raw = b'{"input":' + opening * depth + b"1" + closing * depth + b"}"

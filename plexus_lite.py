@@ -3582,12 +3582,12 @@ class Server(http.server.ThreadingHTTPServer, Application):
         limit = self.state.config.limits.max_connections
         client = ClientConnection(self.loop, self, self._budget, sock, peer, self._clients.discard)
         if len(self._clients) >= limit:
-            # The one that was idle longest gives way, as in nginx; its client opens another when it needs one.
+            # One whose last answer is out gives way, or the one idle longest, as in nginx: its client opens another.
             idle = [
                 other for other in self._clients if other.phase in (Phase.IDLE, Phase.LINGERING) and not other.is_busy
             ]
             if idle:
-                min(idle, key=lambda other: other.idle_since).close()
+                min(idle, key=lambda other: (other.phase != Phase.LINGERING, other.idle_since)).close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
         self._clients.add(client)

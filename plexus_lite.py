@@ -549,7 +549,12 @@ class Target:
     @functools.cached_property
     def id(self) -> str:
         """What rendezvous hashing, load and cooldown know it by: the same in every process and after a restart."""
-        return f"{self.provider.name} {self.base_url} {self.model}"
+        return f"{self.place}{self.model}"
+
+    @functools.cached_property
+    def place(self) -> str:
+        """The same without the model: who issued a response id or turn state."""
+        return f"{self.provider.name} {self.base_url} "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1472,7 +1477,7 @@ class Snapshot(NamedTuple):
 
     open_requests: Mapping[str, int]
     cooling: FrozenSet[str]  # ids of targets in their cooldown
-    owner: Optional[str] = None  # the target that issued the response id or turn state that the request carries
+    owner: Optional[str] = None  # the place that issued the response id or turn state that the request carries
     pin: Optional[str] = None  # the target that a failover moved this session to
 
 
@@ -1521,16 +1526,17 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
         return Plan(tuple(targets), "only", targets[0].id)
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
     home = order[0]
-    known = (("owner", snapshot.owner), ("pin", snapshot.pin))
-    preferred = next(((name, t) for name, wanted in known for t in order if t.id == wanted), None)
+    owner = next((target for target in order if target.place == snapshot.owner), None)
+    pinned = next((target for target in order if target.id == snapshot.pin), None)
+    preferred = owner or pinned
     if preferred:
-        order.remove(preferred[1])
-        order.insert(0, preferred[1])
+        order.remove(preferred)
+        order.insert(0, preferred)
     if bound:
         account = order[0].provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
     order.sort(key=lambda target: target.id in snapshot.cooling)  # stable: otherwise the order stays
-    reason = preferred[0] if preferred and preferred[1] is order[0] else "rendezvous"
+    reason = "rendezvous" if preferred is not order[0] else "owner" if owner else "pin"
     if reason == "rendezvous":
         peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
         roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
@@ -1645,7 +1651,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.pins = Remembered()  # session -> target id
-        self.owners = Remembered()  # response id or turn state, as digest -> target id
+        self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._load_lock = threading.Lock()  # protects _open
         self._open: Dict[str, int] = {}
         self._health_lock = threading.Lock()  # protects _failures
@@ -2164,7 +2170,7 @@ class Exchange:
         self.targets: Tuple[Target, ...] = ()
         self.plan: Optional[Plan] = None
         self.place: Optional[Place] = None  # what it was placed by, if there was a choice
-        self.owner: Optional[str] = None  # id of the target that issued previous_response_id
+        self.owner: Optional[str] = None  # the place that issued previous_response_id
         self.turn_owner: Optional[str] = None  # of the one that minted the turn state
         self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
         # What each turn changes.
@@ -2617,7 +2623,6 @@ class ClientConnection:
 
     def _end_exchange(self, exchange: Exchange) -> None:
         self.drop_body()
-        exchange.body = bytearray()
         exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
         self.app.done(exchange)
 
@@ -2945,7 +2950,7 @@ class Answer:
         if self._is_events and payload:
             self._tail = (self._tail + payload[-4:])[-4:]
         if self._ids and payload and self._ids.feed(payload) and self._ids.found:
-            self.fleet.owners.put(text_digest(self._ids.found), self.target.id, self.loop.now)
+            self.fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
         connection = self.connection
         connection.send_payload(wire, len(payload))
         if self._body.done:
@@ -3029,7 +3034,7 @@ def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerH
     if exchange.place:
         fleet.served(exchange.targets, exchange.place, plan, target, exchange.tried, now)
     for state in head.headers.all(TURN_STATE):
-        fleet.owners.put(text_digest(state), target.id, now)
+        fleet.owners.put(text_digest(state), target.place, now)
 
 
 # ---------------------------------------------------------------------------
@@ -3128,6 +3133,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.place(route)
         while True:
+            if exchange.is_gone:
+                raise ClientGone
             target = self.next_target()
             if target is None:
                 self.give_up()
@@ -3247,8 +3254,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         places = places_of(exchange.state.config, exchange.identity.models)
         if not places:
             raise ProxyError("not_found", "no upstream that this key may use keeps responses")
-        owner = self.fleet.owners.get(text_digest(route.id), time.monotonic()) or ""
-        owners = tuple(target for target in places if owner.startswith(target.id))
+        owner = self.fleet.owners.get(text_digest(route.id), time.monotonic())
+        owners = tuple(target for target in places if target.place == owner)
         exchange.targets = owners or places
         reason = "owner" if owners else "only" if len(places) == 1 else None
         exchange.plan = Plan(exchange.targets, reason or "", "")
@@ -3282,7 +3289,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert exchange.head is not None
         renamed = exchange.renamed is not None and exchange.body_json is not None
         if exchange.turn_owner is not None:
-            keep_turn_state = exchange.turn_owner == target.id
+            keep_turn_state = exchange.turn_owner == target.place
         else:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({t.provider.account_name() for t in exchange.targets}) == 1
         fields = outbound_fields(

@@ -23,6 +23,7 @@ import sys
 import time
 from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
+import plexus_lite
 from tests.support import Proxy, make_config
 
 MIB = 1024 * 1024
@@ -375,13 +376,15 @@ class Soak:
     # -- before and after -----------------------------------------------
 
     async def start(self) -> Tuple[int, int]:
-        """Return how many files and threads the proxy has, now that it has begun to serve."""
+        """Return how many files and threads the proxy has, now that it has begun to serve and rests."""
         pid = self.proxy.process.pid
-        threads = count_threads(pid)  # the request will leave one, for a while
         async with connected(self.proxy.port) as (reader, writer):
             writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
             await read_short(reader)
-            return count_files(pid) - 1, threads  # this connection is one of the files
+            files = count_files(pid) - 1  # this connection is one of them
+        if self.scale.wait_for_threads:
+            await asyncio.sleep(plexus_lite.THREAD_IDLE_S + 1)  # the thread that answered ends
+        return files, count_threads(pid)
 
     async def settle(self, phase: str, files: int, threads: int) -> None:
         """Wait until the proxy has as few open files and threads as at the start."""

@@ -233,6 +233,37 @@ class EveryKey(ConfigTest):
                     wanted = f"{path}: expected a{' whole' if whole else ''} number from "
                     self.assertRefused(document(where, **{row.name: value}), wanted, ", found ")
 
+    def test_an_empty_string_is_refused_everywhere(self):
+        for cls, where, path, row in settings():
+            if hint_of(cls, row.name) is str:
+                with self.subTest(path):
+                    self.assertRefused(document(where, **{row.name: ""}), path + ": expected ")
+
+    def test_bounds_are_allowed_values(self):
+        rows: Sequence[Tuple[str, Sequence[Step], str, Any]] = (
+            ("lowest port", (), "port", 0),
+            ("highest port", (), "port", 65535),
+            ("lowest group", ("models", "alias", "targets", 0), "group", 1),
+            ("a fraction as a weight", ("models", "alias", "targets", 0), "weight", 0.001),
+            ("a fraction as a time", ("limits",), "connect_timeout_s", 0.25),
+            ("one worker", (), "workers", 1),
+            ("many workers", (), "workers", 64),
+        )
+        for name, where, key, value in rows:
+            with self.subTest(name):
+                place: Any = plexus_lite.parse_config(document(where, **{key: value}))
+                for step in where:
+                    place = place[step] if isinstance(place, (dict, tuple)) else getattr(place, str(step))
+                self.assertEqual(getattr(place, key), value)
+        self.assertRefused(document((), port=65536), "port: ", "65536")
+
+    def test_workers_are_a_number_or_auto(self):
+        self.assertEqual(plexus_lite.parse_config(DOCUMENT).workers, 1)
+        self.assertEqual(plexus_lite.parse_config(document((), workers="auto")).workers, 0)  # one per core
+        for value in (0, -1, 1.5, "2", "Auto", True, [1]):
+            with self.subTest(repr(value)):
+                self.assertRefused(document((), workers=value), "workers: expected ", "auto")
+
     def test_zero_means_none_only_where_the_contract_says_so(self):
         may_be_zero = {"port", "limits.drain_s", "limits.keepalive_s", "providers.up.wait_on_429_s"}
         for cls, where, path, row in settings():
@@ -568,6 +599,25 @@ class Models(ConfigTest):
         config = plexus_lite.parse_config(document((), models={"alias": alias}))
         target = plexus_lite.targets_of(config, "alias", "responses")[0]
         self.assertEqual((target.weight, target.group), (2.5, 3))
+
+    def test_weight_and_group_are_1_unless_they_are_set(self):
+        for model in ("alias", "gpt", "direct/up/gpt"):
+            target = plexus_lite.targets_of(plexus_lite.parse_config(DOCUMENT), model, "responses")[0]
+            self.assertEqual((target.weight, target.group), (1, 1), model)
+
+    def test_where_earlier_responses_may_be(self):
+        config = self.fleet()
+        rows: Sequence[Tuple[str, Optional[Sequence[str]], List[str]]] = (
+            ("a key for all models", None, ["http://f1/v1", "http://f2/v1", "http://w/v1"]),
+            ("a key for one", ["qwen"], ["http://f1/v1", "http://f2/v1"]),
+            ("a key for two", ["qwen", "both"], ["http://f1/v1", "http://f2/v1", "http://w/v1"]),
+            ("each place once", ["qwen", "shared"], ["http://f1/v1", "http://f2/v1"]),
+            ("a key for chat alone", ["say"], []),
+            ("a key for nothing", [], []),
+        )
+        for name, models, wanted in rows:
+            with self.subTest(name):
+                self.assertEqual([place.base_url for place in plexus_lite.places_of(config, models)], wanted)
 
     def test_replicas_have_ids_of_their_own(self):
         found = plexus_lite.targets_of(self.fleet(), "qwen", "responses")

@@ -85,6 +85,12 @@ class RequestHeads(Refusals):
                 ("GET", "/x", "", "b", 1),
                 0,
             ),
+            (
+                "absolute-form with a URL in the query",
+                b"GET http://b/x?u=http://c/ HTTP/1.1\r\nHost: a\r\n\r\n",
+                ("GET", "/x", "?u=http://c/", "b", 1),
+                0,
+            ),
             ("a method of its own", b"M-SEARCH /x HTTP/1.1\r\nHost: a\r\n\r\n", ("M-SEARCH", "/x", "", "a", 1), 0),
             ("Content-Length", post(b"Content-Length: 12"), ("POST", "/v1/responses", "", "gate", 1), 12),
             ("Content-Length: 0", post(b"content-length:0"), ("POST", "/v1/responses", "", "gate", 1), 0),
@@ -627,7 +633,7 @@ class JsonBodies(Refusals):
     def test_interpreters_without_a_bound_of_their_own_get_ours(self):
         digits = plexus_lite.MAX_INT_DIGITS
         self.assertEqual(plexus_lite.bounded_int("9" * digits) % 10, 9)
-        with self.assertRaises(ValueError):
+        with self.assertRaisesRegex(ValueError, "too many digits"):
             plexus_lite.bounded_int("9" * (digits + 1))
 
     def test_the_error_never_repeats_the_prompt(self):

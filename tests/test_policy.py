@@ -527,6 +527,12 @@ class FindKey(Refusals):
                 self.assertEqual(error.status, 401)
                 self.assertNotIn("sk-", error.message)
 
+    def test_no_key_and_a_wrong_key_are_told_apart(self):
+        missing = self.assertRefused("invalid_api_key", self.find).message
+        wrong = self.assertRefused("invalid_api_key", self.find, ("x-api-key", "sk-gamma")).message
+        self.assertIn("Authorization: Bearer", missing)
+        self.assertNotEqual(missing, wrong)
+
     def test_without_keys_nobody_is_asked(self):
         found = plexus_lite.find_key(plexus_lite.Headers([("Authorization", "Bearer x")]), {})
         self.assertEqual((found.name, found.label, found.fields, found.models), (None, None, frozenset(), None))

@@ -253,7 +253,7 @@ class EveryKey(ConfigTest):
             with self.subTest(name):
                 place: Any = plexus_lite.parse_config(document(where, **{key: value}))
                 for step in where:
-                    place = place[step] if isinstance(place, (dict, tuple)) else getattr(place, str(step))
+                    place = getattr(place, step) if isinstance(step, str) and hasattr(place, step) else place[step]
                 self.assertEqual(getattr(place, key), value)
         self.assertRefused(document((), port=65536), "port: ", "65536")
 

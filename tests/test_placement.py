@@ -1,7 +1,6 @@
-import dataclasses
-
 """Room 6: which upstream gets a conversation, and that it gets it again after a restart or a failure."""
 
+import dataclasses
 import json
 import os
 import subprocess

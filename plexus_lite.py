@@ -335,7 +335,11 @@ def one_of(*allowed: str) -> Check:
 
 def a_worker_count(value: Any, path: str) -> int:
     """Return the number of processes, 0 for "auto"."""
-    return 0 if value == "auto" else int(a_number(1, 256, integer=True)(value, path))
+    if value == "auto":
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 256:
+        raise wrong(path, 'a whole number from 1 to 256, or "auto"', value)
+    return value
 
 
 def a_field_name(value: Any, path: str) -> str:
@@ -689,11 +693,10 @@ def check_aliases(config: Config) -> None:
 
 def check_keys(config: Config) -> None:
     """Refuse two keys that cannot be told apart, and lists that name a model which does not exist."""
-    secrets_seen: Dict[str, str] = {}
-    for name, key in config.keys.items():
-        if key.secret in secrets_seen:
-            raise ConfigError(f"keys.{name}.secret", f"the same secret as keys.{secrets_seen[key.secret]}")
-        secrets_seen[key.secret] = name
+    for name, key in reversed(list(config.keys.items())):
+        for other, one in config.keys.items():
+            if name != other and f"{key.secret}:".startswith(f"{one.secret}:"):  # SECRET:label is the key SECRET
+                raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
             if not any(targets_of(config, model, api) for api in APIS):
@@ -1703,9 +1706,13 @@ class Fleet:
                 self._open.pop(target.id, None)
 
     def failed(self, target: Target, now: float, retry_after: Optional[float] = None) -> None:
+        """*target* failed at *now* (monotonic): let it cool down.  What fails while it cools is the same failure."""
         with self._health_lock:
-            failures = self._failures.get(target.id, (0, 0.0))[0] + 1
-            self._failures[target.id] = (failures, now + cooldown_s(failures, retry_after))
+            failures, until = self._failures.pop(target.id, (0, now))
+            failures += until <= now
+            self._failures[target.id] = (failures, max(until, now + cooldown_s(failures, retry_after)))
+            if len(self._failures) > MAX_REMEMBERED:  # behind "*", clients name the models
+                del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
         with self._health_lock:
@@ -2318,6 +2325,7 @@ class Phase:
     LINGERING = "lingering"  # the last answer is out: read until the client closes
 
 
+EMPTY_LINES: Final = re.compile(rb"\A(?:\r\n)+")
 READING: Final = (Phase.IDLE, Phase.HEAD, Phase.BODY)
 
 
@@ -2421,10 +2429,8 @@ class ClientConnection:
     def _read_some(self, limits: Limits) -> bool:
         """Take one step through the pending bytes; False if more of them are needed."""
         if self.phase == Phase.IDLE:
-            if self._pending.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before a request is ignored
-                self._pending = self._pending[2:]
-                return True
-            if self._pending == b"\r":
+            self._pending = EMPTY_LINES.sub(b"", self._pending, 1)  # RFC 9112 2.2: ignored before a request
+            if self._pending in (b"", b"\r"):
                 return False
             self.phase = Phase.HEAD
             self.deadline = self.loop.now + limits.header_timeout_s
@@ -3340,6 +3346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 LEVELS: Final = ("error", "warning", "info", "debug")
 MAX_QUEUED_LINES: Final = 10_000
+LOG_PAUSE_S: Final = 0.02
 
 
 class Log:
@@ -3351,9 +3358,10 @@ class Log:
         self._level = LEVELS.index(level)
         self._path = path
         self._fd = 2 if path is None else self.open(path)
-        self._lines: queue.Queue[Optional[bytes]] = queue.Queue(MAX_QUEUED_LINES)
+        self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._reopen = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -3371,9 +3379,9 @@ class Log:
             self._put({"ts": stamp, "level": level, "message": message, **details})
 
     def _put(self, value: Mapping[str, Any]) -> None:
-        try:
-            self._lines.put_nowait(render_json(value))
-        except queue.Full:
+        if self._lines.qsize() < MAX_QUEUED_LINES:
+            self._lines.put(render_json(value))
+        else:
             self._dropped.set()
 
     def reopen(self) -> None:
@@ -3381,23 +3389,30 @@ class Log:
         self._reopen.set()
 
     def close(self) -> None:
-        with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=1)
+        self._closing.set()
+        self._lines.put(None)
         self._thread.join(2)
 
     def _run(self) -> None:
-        line = self._lines.get()
+        line: Optional[bytes] = b""
         while line is not None:
+            batch = []
+            line = self._lines.get()
+            self._closing.wait(LOG_PAUSE_S)  # then write all that came meanwhile: a wake-up per line costs the requests
+            while line is not None:
+                batch.append(line)
+                if self._lines.empty():
+                    break
+                line = self._lines.get()
             if self._reopen.is_set() and self._path is not None:
                 self._reopen.clear()
                 with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
                     fd, self._fd = self._fd, self.open(self._path)
                     os.close(fd)
-            self._write(line)
+            self._write(b"".join(batch))
             if self._dropped.is_set() and self._lines.empty():
                 self._dropped.clear()
                 self.event("warning", "log lines were dropped: they came faster than they could be written")
-            line = self._lines.get()
 
     def _write(self, line: bytes) -> None:
         while line:

@@ -366,6 +366,14 @@ class Secrets(ConfigTest):
         message = self.assertRefused(document((), keys=keys), "keys.b.secret: ", "keys.a")
         self.assertNotIn("SECRET", message)
 
+    def test_a_secret_that_is_another_with_a_label_is_refused(self):
+        """SECRET:b would be key a with the label b, or key b, whichever stands first in the file."""
+        for order in (("a", "b"), ("b", "a")):
+            secrets = {"a": {"secret": "SECRET"}, "b": {"secret": "SECRET:b"}}
+            keys = {name: secrets[name] for name in order}
+            message = self.assertRefused(document((), keys=keys), "keys.b.secret: ", "keys.a")
+            self.assertNotIn("SECRET", message)
+
 
 class Keys(ConfigTest):
     def test_a_key_may_name_models_aliases_and_names_behind_a_wildcard(self):

@@ -361,6 +361,23 @@ class Pinning(unittest.TestCase):
 
 
 class Cooldown(unittest.TestCase):
+    def test_requests_that_fail_together_are_one_failure(self):
+        """Ten streams that one outage cuts must not rest the target for minutes."""
+        fleet, one = plexus_lite.Fleet(), target("a")
+        for _ in range(10):
+            fleet.failed(one, 100.0)
+        self.assertEqual(fleet.snapshot([one], 101.9).cooling, ids(one))
+        self.assertEqual(fleet.snapshot([one], 102.1).cooling, frozenset())
+        fleet.failed(one, 103.0)
+        self.assertEqual(fleet.snapshot([one], 106.9).cooling, ids(one))
+        self.assertEqual(fleet.snapshot([one], 107.1).cooling, frozenset())
+
+    def test_names_that_clients_invent_do_not_fill_the_memory(self):
+        fleet = plexus_lite.Fleet()
+        for number in range(plexus_lite.MAX_REMEMBERED + 50):
+            fleet.failed(dataclasses.replace(target("a"), model=f"invented-{number}"), 1.0)
+        self.assertEqual(len(fleet._failures), plexus_lite.MAX_REMEMBERED)
+
     def test_it_doubles_from_2_to_300_seconds(self):
         found = [plexus_lite.cooldown_s(failures, None) for failures in range(1, 11)]
         self.assertEqual(found, [2, 4, 8, 16, 32, 64, 128, 256, 300, 300])

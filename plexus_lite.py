@@ -36,11 +36,22 @@ Table of contents (each room uses only rooms above it; everything above the wate
 What it does not do: translate between APIs, retry after the first byte, keep state on disk, store or log a prompt,
 cache an answer, contact anything that the configuration does not name.
 
-MIT License.  Copyright (c) 2026 the plexus_lite developers.  Permission is hereby granted, free of charge, to any
-person obtaining a copy of this software, to deal in it without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies, provided that this notice appears in
-all copies.  THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED; IN NO EVENT SHALL THE
-AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY ARISING FROM THE SOFTWARE OR ITS USE.
+MIT License
+
+Copyright (c) 2026 the plexus_lite developers
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 import argparse
@@ -963,7 +974,7 @@ class BodyReader:
 
 class LengthBody(BodyReader):
     def __init__(self, length: int) -> None:
-        self.left = length
+        self.length = self.left = length
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
@@ -2867,9 +2878,9 @@ class Answer:
         else:
             self.connection.respond_error(error)
 
-    def _failed(self, error: ProxyError, retry_after: Optional[float] = None) -> None:
+    def _failed(self, error: ProxyError) -> None:
         self.exchange.last_error = error
-        self.fleet.failed(self.target, self.loop.now, retry_after)
+        self.fleet.failed(self.target, self.loop.now)
         self._next_turn()
 
     def _next_turn(self, reusable: bool = False) -> None:
@@ -2933,7 +2944,7 @@ class Answer:
         exchange.record["stream"] = is_stream
         if isinstance(self._body, LengthBody):
             if head.status not in (204, 304):
-                fields.append(("Content-Length", str(self._body.left)))
+                fields.append(("Content-Length", str(self._body.length)))
         else:
             self._is_events = is_stream and head.headers.get("content-encoding") is None
             if exchange.head is not None and exchange.head.version == 1:

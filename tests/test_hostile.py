@@ -664,6 +664,20 @@ class CredentialsTest(HostileTest):
                     if "Content-Length" in dict(got.headers):
                         self.assertEqual(got.header("Content-Length"), str(len(got.body)))
 
+    def test_an_error_too_long_to_be_held_back_arrives_whole_with_its_length(self):
+        """What was held back counts as part of the body that Content-Length announces."""
+        body = b'{"error":"' + self.SECRET + b"x" * 200_000 + b'"}'
+        for size in (1000, 100_000):
+            with self.subTest(size):
+                head, rest = answer(400, (), body)[0], [body[at : at + size] for at in range(0, len(body), size)]
+                assert isinstance(head, bytes)
+                head = head[: head.index(b"\r\n\r\n") + 4]
+                self.upstream.script([head, *rest])
+                got = post(self.proxy.port, "/v1/responses", {"model": "gpt-test"})
+                self.assertTrue(got.complete)
+                self.assertEqual(got.header("Content-Length"), str(len(body)))
+                self.assertEqual(got.body, body.replace(self.SECRET, b"*" * len(self.SECRET)))
+
     def test_credentials_of_static_headers_are_masked_too(self):
         got = self.echo(b"bad tk-static-0123456789 or ak-static-0123456789", model="headed")
         self.assertNotIn(b"static", got.body)

@@ -3718,9 +3718,8 @@ class Supervisor:
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
-                os.setpgid(
-                    0, 0
-                )  # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts
+                # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts.
+                os.setpgid(0, 0)
                 self._lifeline.close()
                 code = self._serve_one(number, self._child_end)
             finally:
@@ -4071,7 +4070,11 @@ def serve(options: argparse.Namespace) -> int:
     def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:
         bind_to_core(state.config, number)
         log = Log(options.log_file, options.log_level)
-        server = Server(share_of(state, workers), log, lambda: share_of(load_state(), workers), listener)
+        current = state
+        if lifeline is not None:
+            with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
+                current = load_state()
+        server = Server(share_of(current, workers), log, lambda: share_of(load_state(), workers), listener)
         server.catch_signals()
         if lifeline is not None:
             server.watch_supervisor(lifeline)

@@ -1263,7 +1263,7 @@ def check_origin(head: RequestHead, config: Config) -> None:
 
     def is_ours(authority: str) -> bool:
         host = authority[: authority.rfind(":")] if re.search(r":[0-9]*$", authority) else authority
-        return is_loopback(host) or host.lower() in names
+        return AUTHORITY.fullmatch(authority) is not None and (is_loopback(host) or host.lower() in names)
 
     for origin in head.headers.all("origin"):
         if not is_ours(origin.partition("://")[2]):
@@ -1432,7 +1432,7 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     *renamed* is (client's model, upstream's model) where an alias renamed it: Codex warns of a rerouted model when
     openai-model is not what it asked for.
     """
-    dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length"}
+    dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length", "x-plexus-request-id"}
     fields = [field for field in head.headers.fields if field[0].lower() not in dropped]
     if renamed:
         name = header_text(renamed[0])

@@ -598,6 +598,8 @@ class CheckOrigin(Refusals):
             ("a page from elsewhere, port 4000", here, [("Origin", "http://evil.example:4000")], False),
             ("a page from a name that begins well", here, [("Origin", "http://localhost.evil.example")], False),
             ("a page from a name that ends well", here, [("Origin", "http://evil-localhost")], False),
+            ("an Origin that is none", here, [("Origin", "http://evil.example#.localhost:80")], False),
+            ("an Origin with a user", here, [("Origin", "http://localhost@evil.example")], False),
             ("a page without an origin", here, [("Origin", "null")], False),
             ("an empty Origin", here, [("Origin", "")], False),
             ("a file", here, [("Origin", "file://")], False),
@@ -906,6 +908,9 @@ class AnswerFields(unittest.TestCase):
                 self.assertNotIn("gpt", [value for _, value in read])
                 self.assertIn(("X-End", "1"), read)
                 self.assertLessEqual({name.lower() for name, _ in read}, {"openai-model", "x-end"})
+
+    def test_the_request_id_of_a_proxy_behind_us_gives_way_to_ours(self):
+        self.assertEqual(self.answer(("X-Plexus-Request-Id", "req_1"), ("X-A", "1")), [("X-A", "1")])
 
     def test_event_streams_are_marked_for_proxies_on_the_way(self):
         added = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]

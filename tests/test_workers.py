@@ -94,10 +94,10 @@ class WorkersTest(unittest.TestCase):
         for _ in range(6):
             self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
         before = children(proxy.process.pid)
-        for pid in before:
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 2, "two new workers")
-        self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
+        for _ in range(8):  # whichever of the two accepts
+            self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
 
     def test_workers_end_when_their_supervisor_was_killed(self) -> None:
         proxy = self.start(self.upstream)

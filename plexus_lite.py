@@ -4011,8 +4011,12 @@ def cores() -> List[int]:
 
 
 def bind_to_core(config: Config, number: int) -> None:
-    """Bind this process to a core of its own; not always the first, to which everybody else's first is bound."""
-    if config.cpu_affinity and sys.platform == "linux":
+    """Bind this process to a core of its own; not always the first, to which everybody else's first is bound.
+
+    Without the GIL (3.13t, 3.14t) threads run side by side, and one core for them all would take that away.
+    """
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if config.cpu_affinity and has_gil and sys.platform == "linux":
         allowed, first = cores(), os.getpid() if config.workers == 1 else os.getppid()
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {allowed[(first + number) % len(allowed)]})

@@ -2835,14 +2835,18 @@ class Answer:
         if self._body.done:
             self._end_held()
         elif len(self._held) > HELD_ANSWER_BYTES:
-            self._let_go()
+            self._stop_holding("is too long")
 
-    def _let_go(self) -> None:
-        """An error answer is too long, or takes too long, to be held back: hand on what is here and relay the rest."""
+    def _stop_holding(self, why: str) -> None:
+        """An error answer cannot be held back any longer: ask the next target, or hand on what is here and relay on."""
+        head, plan = self._head, self.exchange.plan
+        assert head is not None and plan is not None
+        if head.status in self.exchange.passes_on and self.exchange.tried < len(plan.targets):
+            self._failed(UpstreamError(f"the {head.status} of {self._host()} {why}"))
+            return
         payload, self._held = mask(bytes(self._held or b""), self._secrets), None
         self._deadline = math.inf
-        assert self._head is not None
-        self._commit(self._head)
+        self._commit(head)
         self._forward(payload)
 
     def _ended(self) -> None:
@@ -2996,10 +3000,8 @@ class Answer:
                         f"{self._host()} sent no answer within first_byte_timeout_s ({wait:g})", "upstream_timeout"
                     )
                 )
-            elif self._head and self._head.status not in self.exchange.passes_on:
-                self._let_go()
             else:
-                self._failed(UpstreamError(f"{self._host()} did not end its error answer", "upstream_timeout"))
+                self._stop_holding("does not end")
         elif self._head is None or connection.out_bytes:
             return
         elif now - self._quiet_since > self._idle_s and self._held is None:

@@ -612,7 +612,7 @@ class FailoverTest(TransportTest):
     c: FakeUpstream
 
     NAMES = ("dead", "reset", "cut", "timeout", "last", "mixed", "http-then-dead", "account", "cross", "begun", "cool",
-             "encrypted-first", "previous", "string", "error-body")  # fmt: skip
+             "encrypted-first", "previous", "string", "error-body", "long")  # fmt: skip
     FAILOVER = (429, 500, 502, 503, 504, 529)
     FINAL = (400, 401, 402, 403, 404, 409, 413, 422, 501)
 
@@ -645,6 +645,19 @@ class FailoverTest(TransportTest):
         models["dead-and-patient"] = alias("m7", "dead", "patient")
         config = {"keys": {"team": {"secret": "sk-client"}}, "providers": providers, "models": models}
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
+
+    def test_an_error_too_long_to_be_held_back_leads_to_the_next_and_the_last_one_arrives_whole(self):
+        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 100000\r\n\r\n"
+        more = threading.Event()
+        self.addCleanup(more.set)
+        self.a.script([head, b"x" * 70_000, Pause(more), b"y" * 30_000])
+        self.assertEqual(post(self.proxy.port, "/v1/responses", {"model": "try-long"}).status, 200)
+        self.assertEqual((len(self.a.requests), len(self.b.requests)), (1, 1))
+        more.set()
+        for upstream in (self.a, self.b, self.c):
+            upstream.script([head, b"x" * 70_000, Pause(more), b"y" * 30_000])
+        got = post(self.proxy.port, "/v1/responses", {"model": "try-long"})
+        self.assertEqual((got.status, got.complete, got.body), (503, True, b"x" * 70_000 + b"y" * 30_000))
 
     def setUp(self):
         for upstream in (self.a, self.b, self.c):

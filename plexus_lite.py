@@ -534,6 +534,11 @@ class Provider:
     def account_name(self) -> str:
         return self.account or self.name
 
+    def timeout_s(self, name: str, limits: Limits) -> float:
+        """Return the timeout *name*: its own, else that of *limits*."""
+        own: Optional[float] = getattr(self, name)
+        return float(getattr(limits, name)) if own is None else own
+
 
 @dataclasses.dataclass(frozen=True)
 class AliasTarget:
@@ -625,7 +630,12 @@ def model_list(config: Config) -> List[str]:
     for provider in config.providers.values():
         if provider.enabled:
             names.update(dict.fromkeys(name for name in provider.models if name != "*"))
-    return [name for name in names if any(targets_of(config, name, api) for api in APIS)]
+    return [name for name in names if is_served(config, name)]
+
+
+def is_served(config: Config, model: str) -> bool:
+    """Say whether *model* means any target, for whichever API."""
+    return any(targets_of(config, model, api) for api in APIS)
 
 
 def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
@@ -710,7 +720,7 @@ def check_keys(config: Config) -> None:
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
-            if not any(targets_of(config, model, api) for api in APIS):
+            if not is_served(config, model):
                 known = ", ".join(model_list(config)) or "none"
                 raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
 
@@ -1974,7 +1984,7 @@ class Transport(urllib.request.BaseHandler):
         origin = (request.type, request.host, provider.name)
         connection = None if request.fresh else self._pool.take(origin)
         if connection is None:
-            deadline = time.monotonic() + (provider.connect_timeout_s or self._limits.connect_timeout_s)
+            deadline = time.monotonic() + provider.timeout_s("connect_timeout_s", self._limits)
             connection = UpstreamConnection(self._connect(request, origin, deadline), origin)
         try:
             self._send(connection, request)
@@ -2060,7 +2070,7 @@ class Transport(urllib.request.BaseHandler):
     def _send(self, connection: UpstreamConnection, request: OutboundRequest) -> None:
         """Send head and body, in one piece if small; stop where the upstream answers or breaks before the end."""
         provider = request.target.provider
-        deadline = time.monotonic() + (provider.first_byte_timeout_s or self._limits.first_byte_timeout_s)
+        deadline = time.monotonic() + provider.timeout_s("first_byte_timeout_s", self._limits)
         head, body = request.render_head(), request.body or b""
         pieces = [head + body] if len(body) <= 128 * KIB else [head, body]
         for piece in pieces:
@@ -2750,10 +2760,11 @@ class Answer:
         self.loop = connection.loop
         self.fleet = connection.app.fleet
         limits, provider = exchange.state.config.limits, self.target.provider
-        self._idle_s = provider.idle_timeout_s or limits.idle_timeout_s
+        self._idle_s = provider.timeout_s("idle_timeout_s", limits)
         self._keepalive_s = limits.keepalive_s
         self._max_head = limits.max_header_bytes
-        self._deadline = time.monotonic() + (provider.first_byte_timeout_s or limits.first_byte_timeout_s)
+        self._first_byte_s = provider.timeout_s("first_byte_timeout_s", limits)
+        self._deadline = time.monotonic() + self._first_byte_s
         self._secrets = secrets_of(provider)
         self._start = b""  # of the answer, until its head is complete
         self._head: Optional[AnswerHead] = None
@@ -2992,14 +3003,8 @@ class Answer:
             return
         if now > self._deadline:
             if self._held is None:
-                wait = (
-                    self.target.provider.first_byte_timeout_s or self.exchange.state.config.limits.first_byte_timeout_s
-                )
-                self._failed(
-                    UpstreamError(
-                        f"{self._host()} sent no answer within first_byte_timeout_s ({wait:g})", "upstream_timeout"
-                    )
-                )
+                reason = f"{self._host()} sent no answer within first_byte_timeout_s ({self._first_byte_s:g})"
+                self._failed(UpstreamError(reason, "upstream_timeout"))
             else:
                 self._stop_holding("does not end")
         elif self._head is None or connection.out_bytes:
@@ -3241,7 +3246,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             found = "is missing" if "model" not in members else f"is {describe(model)}"
             raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
         if allowed is not None and model not in allowed:
-            if not any(targets_of(self.exchange.state.config, model, api) for api in APIS):
+            if not is_served(self.exchange.state.config, model):
                 raise self.unknown_model(model)
             raise ProxyError(
                 "model_not_allowed",
@@ -4116,8 +4121,11 @@ def announce(config: Config, listener: socket.socket) -> None:
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    while os.open(os.devnull, os.O_RDWR) <= 2:  # started with stdout closed, say: no socket must get its number
+    while (
+        spare := os.open(os.devnull, os.O_RDWR)
+    ) <= 2:  # started with stdout closed, say: no socket must get its number
         pass
+    os.close(spare)
     options = parse_options(arguments)
     if options.command == "init":
         say(STARTER.rstrip("\n"))

@@ -377,6 +377,12 @@ class FakeUpstream:
         with self._changed:
             self._replies.extend(replies)
 
+    def reset(self) -> None:
+        """Forget the requests recorded and the replies scripted: what one test leaves is not for the next."""
+        with self._changed:
+            self.requests.clear()
+            self._replies.clear()
+
     def wait_for_requests(self, count: int, timeout: float = 10) -> List[Recorded]:
         """Return the requests once there are *count* of them, read to the end of their bodies."""
         with self._changed:
@@ -448,6 +454,13 @@ class FakeUpstream:
         while not event.is_set() and not self._closing.is_set() and time.monotonic() < deadline:
             if select.select([wire.sock], [], [], 0.02)[0]:
                 wire.fill()
+
+
+def enter(add_cleanup: Callable[..., Any], context: Any) -> Any:
+    """Enter *context*, to be left by *add_cleanup*: before 3.11 a test case has no enterContext."""
+    value = context.__enter__()
+    add_cleanup(context.__exit__, None, None, None)
+    return value
 
 
 def shut_down(sock: socket.socket) -> None:

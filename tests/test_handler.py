@@ -37,8 +37,7 @@ def tearDownModule():
 
 def empty(*upstreams: FakeUpstream) -> None:
     for upstream in upstreams:
-        upstream.requests.clear()
-        upstream._replies.clear()
+        upstream.reset()
 
 
 def without(headers: List[Tuple[str, str]], *names: str) -> List[Tuple[str, str]]:

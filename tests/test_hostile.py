@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import unittest
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from tests.support import (
     Answer,
@@ -19,6 +19,7 @@ from tests.support import (
     Reset,
     answer,
     build_request,
+    enter,
     exchange,
     get,
     make_config,
@@ -155,13 +156,6 @@ SMUGGLING: Tuple[Tuple[str, bytes, Tuple[int, ...]], ...] = (
 )
 
 
-def enter(add_cleanup: Callable[..., Any], context: Any) -> Any:
-    """Enter *context*, to be left by *add_cleanup*."""
-    value = context.__enter__()
-    add_cleanup(context.__exit__, None, None, None)
-    return value
-
-
 def send_what_goes(client: RawClient, data: bytes) -> None:
     """Send *data*; the peer may answer and close before it has all of it."""
     with contextlib.suppress(ConnectionError):
@@ -179,8 +173,7 @@ class HostileTest(unittest.TestCase):
         cls.proxy = enter(cls.addClassCleanup, Proxy(make_config(cls.upstream, limits=cls.limits)))
 
     def setUp(self):
-        self.upstream.requests.clear()
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def connect(self, timeout: float = 10) -> RawClient:
         client = RawClient(self.proxy.port, timeout)

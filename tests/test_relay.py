@@ -119,8 +119,7 @@ class RelayTest(unittest.TestCase):
         cls.upstream, cls.proxy = PLACES[name]
 
     def setUp(self):
-        self.upstream.requests.clear()
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def event(self) -> threading.Event:
         """Return an event that is set when the test ends, whatever happens, so that no reply stays paused."""

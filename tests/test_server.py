@@ -27,6 +27,7 @@ from tests.support import (
     answer,
     build_request,
     clean_environment,
+    enter,
     exchange,
     get,
     make_config,
@@ -42,13 +43,6 @@ ASK = build_request("POST", "/v1/responses", BODY)
 GOOD = {"providers": {"p": {"api_base_url": "http://127.0.0.1:9/v1", "models": ["m"]}}}
 needs_shell = unittest.skipIf(os.name == "nt", "needs a POSIX shell")
 needs_hup = unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
-
-
-def enter(add_cleanup: Callable[..., Any], context: Any) -> Any:
-    """Enter *context*, to be left by *add_cleanup*."""
-    value = context.__enter__()
-    add_cleanup(context.__exit__, None, None, None)
-    return value
 
 
 # Starting an interpreter takes longer than all that is tested here: one runs main() for many command lines.
@@ -634,8 +628,7 @@ class RecordTest(ServerTest):
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
 
     def setUp(self):
-        self.upstream.requests.clear()
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def record(self, got: Answer) -> Dict[str, Any]:
         """Return the record of *got*, its members and types checked."""

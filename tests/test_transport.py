@@ -20,6 +20,7 @@ from tests.support import (
     Reset,
     answer,
     build_request,
+    enter,
     make_config,
     post,
     render_head,
@@ -33,13 +34,6 @@ SERVER_FILE = os.path.join(HERE, "tls_server.pem")  # certificate and key for 12
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 BODY = {"model": "gpt-test", "input": "x"}
 ASK = build_request("POST", "/v1/responses", BODY)
-
-
-def enter(add_cleanup: Callable[..., Any], context: Any) -> Any:
-    """Enter *context*, to be left by *add_cleanup*."""
-    value = context.__enter__()
-    add_cleanup(context.__exit__, None, None, None)
-    return value
 
 
 def wire(reply: Reply) -> bytes:
@@ -119,8 +113,7 @@ class PoolTest(TransportTest):
         cls.proxy = enter(cls.addClassCleanup, Proxy(config, env=dict.fromkeys(names, decoy)))
 
     def setUp(self):
-        self.upstream.requests.clear()
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def ask(self, *replies: Any) -> Answer:
         self.upstream.script(*replies)
@@ -348,8 +341,7 @@ class TlsTest(TransportTest):
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
 
     def setUp(self):
-        self.upstream.requests.clear()
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def ask(self, model: str = "gpt-test", *replies: Any) -> Answer:
         self.upstream.script(*replies)
@@ -537,7 +529,7 @@ class MalformedAnswerTest(TransportTest):
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
 
     def setUp(self):
-        self.upstream._replies.clear()
+        self.upstream.reset()
 
     def test_malformed_answer_is_a_502_at_once_and_the_next_request_is_served(self):
         with RawClient(self.proxy.port) as client:
@@ -661,8 +653,7 @@ class FailoverTest(TransportTest):
 
     def setUp(self):
         for upstream in (self.a, self.b, self.c):
-            upstream.requests.clear()
-            upstream._replies.clear()
+            upstream.reset()
 
     def ask(self, model: str, **body: Any) -> Answer:
         return post(self.proxy.port, "/v1/responses", dict(body, model=model))

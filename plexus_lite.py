@@ -26,12 +26,16 @@ Table of contents (each room uses only rooms above it; everything above the wate
      6  Placement       which upstream gets a conversation
      7  Observation     what the access log says of a request
      --- waterline ---
-     8  Transport       urllib opener over pooled connections, TLS
-     9  Relay           the loop: client connections, answers, backpressure, timeouts
-    10  Handler         read, route, place, forward
-    11  Server          listen, accept, reload, drain, stop, workers
-    12  Demo            the built-in upstream behind demo://
-    13  CLI             options, init, main
+     8  Credentials     keys in files, Codex sign-ins
+     9  Transport       urllib opener over pooled connections, TLS, forward proxies
+    10  Relay           the loop: client connections, answers, backpressure, timeouts
+    11  Handler         read, route, place, forward
+    12  Server          listen, accept, reload, drain, stop, workers
+    13  Demo            the built-in upstream behind demo://
+    14  Page            the status page
+    15  Report          what access logs say
+    16  Check           the doctor: is every upstream reachable
+    17  CLI             options, init, main
 
 What it does not do: translate between APIs, retry after the first byte, keep state on disk, store or log a prompt,
 cache an answer, contact anything that the configuration does not name.
@@ -1785,7 +1789,11 @@ class ResponseIds:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 8  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections.  Knows no client and no
+# 8  Credentials -- where a credential comes from besides the configuration.
+# ---------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------
+# 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections.  Knows no client and no
 #    policy.  The errors of the operating system and of TLS become those of room 2 here, and nowhere else.
 # ---------------------------------------------------------------------------
 
@@ -2141,7 +2149,7 @@ def connect_tcp(host: str, port: int, deadline: float, is_gone: Callable[[], boo
 
 
 # ---------------------------------------------------------------------------
-# 9  Relay -- Loop, ClientConnection, Exchange, Answer: one thread that owns every client socket and every running
+# 10  Relay -- Loop, ClientConnection, Exchange, Answer: one thread that owns every client socket and every running
 #    answer.  Nothing in it blocks: not a send to a slow reader, not the wait for a first byte.
 # ---------------------------------------------------------------------------
 
@@ -3062,8 +3070,8 @@ def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerH
 
 
 # ---------------------------------------------------------------------------
-# 10  Handler -- admit, Handler: one turn of one request, in a thread: route, key, JSON, policy, placement, connect.
-#     Every ProxyError ends here (or in room 9, for what cannot be read) as an answer.
+# 11  Handler -- admit, Handler: one turn of one request, in a thread: route, key, JSON, policy, placement, connect.
+#     Every ProxyError ends here (or in room 10, for what cannot be read) as an answer.
 # ---------------------------------------------------------------------------
 
 
@@ -3359,7 +3367,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
-# 11  Server -- Log, listen, Server, Supervisor: accept, hand to threads, reload, drain, stop; several workers.
+# 12  Server -- Log, listen, Server, Supervisor: accept, hand to threads, reload, drain, stop; several workers.
 # ---------------------------------------------------------------------------
 
 LEVELS: Final = ("error", "warning", "info", "debug")
@@ -3753,7 +3761,7 @@ class Supervisor:
 
 
 # ---------------------------------------------------------------------------
-# 12  Demo -- DemoBackend: an upstream with several cache shards behind demo://, over a socket pair.  May be skipped.
+# 13  Demo -- DemoBackend: an upstream with several cache shards behind demo://, over a socket pair.  May be skipped.
 # ---------------------------------------------------------------------------
 
 
@@ -3915,7 +3923,19 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
-# 13  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
+# 14  Page -- the status page, one string.  May be skipped.
+# ---------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------
+# 15  Report -- what access logs say, for `report`.  May be skipped.
+# ---------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------
+# 16  Check -- the doctor, for `check`.  May be skipped.
+# ---------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------
+# 17  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
 STARTER: Final = """\

@@ -59,6 +59,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 """
 
 import argparse
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -71,7 +72,9 @@ import http
 import http.server
 import ipaddress
 import json
+import marshal
 import math
+import mmap
 import os
 import queue
 import random
@@ -166,8 +169,13 @@ ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once a
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
 COOLDOWN_FIRST_S: Final = 2.0
 COOLDOWN_MAX_S: Final = 300.0
+FEED_S: Final = 1.0  # between two events of the status page
+FEED_COMMENT_S: Final = 15.0  # so that whatever stands between does not take it for dead
+TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the stream itself may last
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
+CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
+CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
 
 EXIT_OK: Final = 0
@@ -250,13 +258,16 @@ class ClientGone(Exception):
     """The client closed its connection: nobody is left to answer."""
 
 
+def one_line(text: str) -> str:
+    """Return *text* as one line for the operator's terminal, whatever stands in a name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ConfigError(Exception):
     """What is wrong in the configuration, and where: *path* is the place inside the file, "" for all of it."""
 
     def __init__(self, path: str, message: str) -> None:
-        line = f"{path}: {message}" if path else message
-        # One line on the operator's terminal, whatever stands in a name.
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        super().__init__(one_line(f"{path}: {message}" if path else message))
 
 
 # ---------------------------------------------------------------------------
@@ -328,6 +339,7 @@ def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
 a_time: Final = a_number(0.001, 86400)
 a_time_or_0: Final = a_number(0, 86400)
 a_size: Final = a_number(1024, 2**40, integer=True)
+a_price: Final = a_number(0, 10**6)
 
 
 def a_list(check: Check, wanted: str) -> Check:
@@ -507,6 +519,14 @@ class Limits:
 class Key:
     secret: str = setting(REQUIRED, a_secret, "what the client sends", **SECRET)
     models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
+    admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    input: float = setting(REQUIRED, a_price, "per million input tokens that were not cached")
+    cached: float = setting(REQUIRED, a_price, "per million cached input tokens")
+    output: float = setting(0, a_price, "per million output tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -592,6 +612,7 @@ class Config:
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
     models: Mapping[str, Alias] = setting(dataclasses.MISSING, a_table(Alias), "aliases by name", default_factory=dict)
+    prices: Mapping[str, Price] = setting(dataclasses.MISSING, a_table(Price), "by model name", default_factory=dict)
     limits: Limits = setting(dataclasses.MISSING, an_object(Limits), "sizes, times", default_factory=Limits)  # noqa: RUF009
 
 
@@ -755,6 +776,7 @@ def render_reference() -> str:
         ("providers.NAME", Provider),
         ("models.NAME", Alias),
         ("models.NAME.targets[]", AliasTarget),
+        ("prices.NAME", Price),
         ("limits", Limits),
     ):
         for row in dataclasses.fields(cls):
@@ -1217,7 +1239,7 @@ class Route(NamedTuple):
 
     name: str  # the path as the table of routes has it
     path: str  # the part behind the prefix, as it travels upstream
-    action: str  # "forward", "stored" (an earlier response), "models", "health", "websocket"
+    action: str  # "forward", "stored" (an earlier response), "websocket", or what the rows below say
     api: str = "responses"
     id: str = ""
 
@@ -1241,6 +1263,9 @@ ROUTES: Final = tuple(
         (r"/models", "/models", {"GET": "models", "HEAD": "models"}, "responses"),
         (r"/models/(?P<id>.+)", "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
         (r"/health", "/health", {"GET": "health", "HEAD": "health"}, "responses"),
+        (r"/metrics", "/metrics", {"GET": "metrics", "HEAD": "metrics"}, "responses"),
+        (r"/status", "/status", {"GET": "status", "POST": "ticket"}, "responses"),
+        (r"/", "/", {"GET": "page", "HEAD": "page"}, "responses"),
     )
 )
 
@@ -1302,6 +1327,7 @@ class Identity(NamedTuple):
     label: Optional[str] = None
     fields: FrozenSet[str] = frozenset()
     models: Optional[Tuple[str, ...]] = None
+    is_admin: bool = False
 
 
 def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
@@ -1329,7 +1355,27 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     if not found:
         raise unknown_key("the API key is not known here" if offered else "no API key; send Authorization: Bearer KEY")
     _, name, key, label = found[0]
-    return Identity(name, label or None, frozenset(field for field, _, _, _ in found), key.models)
+    return Identity(name, label or None, frozenset(field for field, _, _, _ in found), key.models, key.admin)
+
+
+def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
+    """Return what stands for the key *name* in the address of an event stream, since EventSource sends no header."""
+    text = f"{expires}.{urllib.parse.quote(name or '', safe='')}"
+    return f"{hmac.new(secret, text.encode(), 'sha256').hexdigest()}.{text}"
+
+
+def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) -> Identity:
+    """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
+    ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
+    _, expires, quoted = [*ticket.split("."), "", ""][:3]
+    name = urllib.parse.unquote(quoted)
+    if not re.fullmatch("[0-9]{1,12}", expires) or not hmac.compare_digest(
+        ticket.encode("utf-8", "replace"), make_ticket(secret, name, int(expires)).encode()
+    ):
+        raise unknown_key("the ticket is not known here; POST /status with a key gives one")
+    if int(expires) < now or (name not in keys if keys else name):
+        raise unknown_key("the ticket has expired; POST /status with a key gives another")
+    return Identity(name, None, frozenset(), keys[name].models, keys[name].admin) if name else Identity()
 
 
 def unknown_key(message: str) -> ProxyError:
@@ -1682,8 +1728,9 @@ class Fleet:
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._load_lock = threading.Lock()  # protects _open
         self._open: Dict[str, int] = {}
-        self._health_lock = threading.Lock()  # protects _failures
+        self._health_lock = threading.Lock()  # protects _failures and _cooldowns
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
+        self._cooldowns: Dict[str, int] = {}  # provider -> how often one of its targets began to cool
 
     def snapshot(
         self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
@@ -1734,7 +1781,9 @@ class Fleet:
         """*target* failed at *now* (monotonic): let it cool down.  What fails while it cools is the same failure."""
         with self._health_lock:
             failures, until = self._failures.pop(target.id, (0, now))
-            failures += until <= now
+            if until <= now:
+                failures += 1
+                self._cooldowns[target.provider.name] = self._cooldowns.get(target.provider.name, 0) + 1
             self._failures[target.id] = (failures, max(until, now + cooldown_s(failures, retry_after)))
             if len(self._failures) > MAX_REMEMBERED:  # behind "*", clients name the models
                 del self._failures[next(iter(self._failures))]
@@ -1743,15 +1792,26 @@ class Fleet:
         with self._health_lock:
             self._failures.pop(target.id, None)
 
+    def resting(self, now: float) -> Dict[str, float]:
+        """Return how many seconds each target that cools down still rests, by its id."""
+        with self._health_lock:
+            return {name: until - now for name, (_, until) in self._failures.items() if until > now}
+
+    def cooldowns(self) -> Dict[str, int]:
+        with self._health_lock:
+            return dict(self._cooldowns)
+
 
 # ---------------------------------------------------------------------------
-# 7  Observation -- new_record, ResponseIds.  Copies of what passes in, values out; the relay never waits for it.
+# 7  Observation -- new_record, ResponseIds, UsageReader, miss_reason, SessionTable, Tally, render_metrics,
+#    render_status, render_line.  Copies of what passes in, values out; the relay never waits for it.
 # ---------------------------------------------------------------------------
 
 RECORD_MEMBERS: Final = (
     ("ts", "id", "key", "label", "client", "method", "route", "model", "upstream_model", "provider", "target", "status")
     + ("error", "attempts", "stream", "ttfb_ms", "duration_ms", "bytes_in", "bytes_out", "session", "session_source")
-    + ("placement",)
+    + ("placement", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "miss_reason")
+    + ("prefix_changed_at",)
 )
 RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
 
@@ -1763,6 +1823,23 @@ def new_record(started: float, request_id: str, client: str) -> Dict[str, Any]:
     record["ts"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(started)) + f".{milliseconds:03d}Z"
     record.update(id=request_id, client=client, attempts=0, bytes_in=0, bytes_out=0)
     return record
+
+
+def render_line(record: Mapping[str, Any]) -> str:
+    """Return *record*, an access record or an event of the log, as a line for a person at a terminal."""
+    clock = record["ts"][11:19]
+    if "level" in record:
+        return one_line(f"{clock} {record['level']}: {record['message']}")
+    words = [clock, str(record["status"]), f"{record['method'] or '-'} {record['route'] or '-'}"]
+    words += [str(record[name]) for name in ("model", "provider", "session") if record[name]]
+    words.append(f"{record['duration_ms'] or 0:.0f} ms")
+    if record["cached_tokens"] is not None:
+        share = record["cached_tokens"] / max(record["input_tokens"] or 0, 1)
+        words.append(f"cached {record['cached_tokens']} of {record['input_tokens']} ({share:.0%})")
+    for name in ("miss_reason", "prefix_changed_at", "error"):
+        if record[name] is not None:
+            words.append(f"{name} {record[name]}")
+    return one_line("  ".join(words))
 
 
 class ResponseIds:
@@ -1782,6 +1859,470 @@ class ResponseIds:
             self._start = None
         self.found = found.group(1).decode("ascii") if found else None
         return found is not None
+
+
+# The member names read from an answer, and the objects in which they are looked for.
+USAGE_NAMES: Final = {
+    "input_tokens": ("input_tokens", "prompt_tokens"),
+    "cached_tokens": ("input_tokens_details/cached_tokens", "prompt_tokens_details/cached_tokens"),
+    "cache_write_tokens": ("input_tokens_details/cache_write_tokens", "prompt_tokens_details/cache_write_tokens"),
+    "output_tokens": ("output_tokens", "completion_tokens"),
+}
+DETAILS: Final = ("usage", "usage/input_tokens_details", "usage/prompt_tokens_details", "error")
+MEMBER_PLACES: Final = frozenset({"", "response", *DETAILS, *(f"response/{place}" for place in DETAILS)})
+MEMBER_NAMES: Final = frozenset(
+    {"type", "code", *(path.rpartition("/")[2] for paths in USAGE_NAMES.values() for path in paths)}
+)
+# A string (group 1 is missing if its end is), punctuation, or anything else; and what matters below an unread object.
+JSON_TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|(\\)?\Z)|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
+JSON_BRACKET: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|(\\)?\Z)|[{}\[\]]', re.DOTALL)
+MAX_SCALAR_BYTES: Final = 256
+MAX_LINE_BYTES: Final = 16 * KIB  # of an event's data, before it is read piece by piece
+MAX_INDEX: Final = 1 << 62  # -1 modulo this lies behind every index
+TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
+
+
+class MemberReader:
+    """Takes MEMBER_NAMES at MEMBER_PLACES out of a JSON object that is split anywhere, and keeps nothing else of it.
+
+    The rest can be long: response.completed repeats the instructions, the tools and the output.  All of it has been
+    relayed already, so what is no JSON is no error here; it only finds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.found: Dict[str, Union[int, str]] = {}  # by path: "response/usage/input_tokens"
+        self._places: List[str] = []  # the open objects that are read
+        self._unread = 0  # open brackets below them
+        self._string = self._name = ""  # the last string, and whether a colon made it the name of what follows
+        self._held = b""  # an incomplete token
+
+    def feed(self, data: bytes) -> None:
+        data, self._held = self._held + data, b""
+        position = 0
+        while True:
+            token = (JSON_BRACKET if self._unread else JSON_TOKEN).search(data, position)
+            if token is None:
+                return
+            position, text = token.end(), token.group()
+            is_string = text[:1] == b'"'
+            if not token.group(1) if is_string else position == len(data) and text not in b"{}[],:":
+                self._hold(token)
+                return
+            if self._unread:
+                self._unread += (text in b"{[") - (text in b"}]")
+            elif is_string:
+                self._string = text[1:-1].decode("utf-8", "replace") if len(text) <= MAX_SCALAR_BYTES else ""
+                self._take(self._string)
+            elif text == b":":
+                self._name = self._string
+            elif text in b"{[":
+                self._open(text)
+            elif text in b"},]":
+                self._name = ""
+                if text == b"}" and self._places:
+                    self._places.pop()
+            elif text.isdigit() and len(text) < 16:
+                self._take(int(text))
+
+    def _hold(self, token: "re.Match[bytes]") -> None:
+        if len(token.group()) <= MAX_SCALAR_BYTES:
+            self._held = token.group()
+        elif token.group()[:1] == b'"':  # too long to be wanted: only its end matters, and whether an escape is cut
+            self._name = ""
+            self._held = b'"' + (token.group(2) or b"")
+
+    def _open(self, bracket: bytes) -> None:
+        place = f"{self._places[-1]}/{self._name}".lstrip("/") if self._places else self._name
+        self._name = ""
+        if bracket == b"{" and place in MEMBER_PLACES and (place or not self._places):
+            self._places.append(place)
+        else:
+            self._unread = 1
+
+    def _take(self, value: Union[int, str]) -> None:
+        if self._name in MEMBER_NAMES and self._places:
+            self.found[f"{self._places[-1]}/{self._name}".lstrip("/")] = value
+        self._name = ""
+
+
+class UsageReader:
+    """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
+
+    tokens has what USAGE_NAMES names, as far as the answer says it.  error is the code of a response.failed, an error
+    event or an error object.  is_complete: the last event of a response has passed.
+    """
+
+    def __init__(self, is_events: bool) -> None:
+        self.tokens: Dict[str, int] = {}
+        self.error: Optional[str] = None
+        self.is_complete = False
+        self._is_events = is_events
+        self._members = None if is_events else MemberReader()  # of the line that is read, or of the whole body
+        self._line = b""  # the beginning of a line whose end has not come
+
+    def feed(self, data: bytes) -> None:
+        """Look at what came.  In an event stream only a line with one of two words is looked at more closely."""
+        if self._line:
+            data, self._line = self._line + data, b""
+        while data:
+            if self._members:
+                data = self._read_on(data, self._members)
+                continue
+            begin = data.rfind(b"\n") + 1  # of a line that goes on in the next read
+            if data.rfind(b'"usage"') >= 0 or data.rfind(b'"error"') >= 0:  # rfind: "in" takes three times as long
+                begin = data.rfind(b"\n", 0, min(data.find(word) % MAX_INDEX for word in (b'"usage"', b'"error"'))) + 1
+            elif len(data) - begin <= MAX_LINE_BYTES:
+                self._line = data[begin:]
+                return
+            self._members, data = MemberReader(), data[begin:]
+
+    def _read_on(self, data: bytes, members: MemberReader) -> bytes:
+        """Read to the end of the line, or of the data; return what follows."""
+        end = data.find(b"\n") if self._is_events else -1
+        members.feed(data if end < 0 else data[:end])
+        self._note(members.found)
+        if end < 0:
+            return b""
+        self._members = None
+        return data[end + 1 :]
+
+    def _note(self, found: Mapping[str, Union[int, str]]) -> None:
+        kind = found.get("type")
+        self.is_complete = self.is_complete or kind in TERMINAL_EVENTS
+        inside = "response/" if isinstance(kind, str) and kind.startswith("response.") else ""
+        for name, paths in USAGE_NAMES.items():
+            for path in paths:
+                value = found.get(f"{inside}usage/{path}")
+                if isinstance(value, int):
+                    self.tokens[name] = value
+        code = found.get(f"{inside}error/code") or found.get(f"{inside}error/type")
+        if kind == "error":
+            code = found.get("code") or code or kind
+        elif kind == "response.failed":
+            code = code or kind
+        if code:
+            self.error = str(code)[:100]
+
+
+class Prefix(NamedTuple):
+    """Digests of what a prompt begins with, 32 bits each: enough to see what changed, nothing to read it from."""
+
+    model: int
+    instructions: int
+    tools: int
+    items: Tuple[int, ...]
+
+
+def digest_of(value: Any) -> int:
+    """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of bytes is."""
+    try:
+        return hash(marshal.dumps(value, 2)) & 0xFFFFFFFF  # version 2: later ones depend on reference counts
+    except ValueError:  # nested more deeply than marshal goes
+        return 0
+
+
+def prefix_of(members: Mapping[str, Any]) -> Prefix:
+    """Return the digests of a request; with a previous_response_id the items before its input are not known."""
+    items = members.get("input", members.get("messages"))
+    if members.get("previous_response_id"):
+        items = []
+    items = items if isinstance(items, list) else [items]
+    model, instructions, tools = (digest_of(members.get(name)) for name in ("model", "instructions", "tools"))
+    return Prefix(model, instructions, tools, tuple(map(digest_of, items)))
+
+
+class Turn(NamedTuple):
+    """A request of a session as the next one is compared with it."""
+
+    at: float  # Unix time
+    target: int  # digest of its id
+    input_tokens: int
+    prefix: Optional[Prefix]  # None if the body could not be read
+
+
+def changed_at(old: Prefix, new: Prefix) -> Union[str, int, None]:
+    """Return what comes first in *new* that is not as it was in *old*: a member's name or an item's index."""
+    for name in ("model", "instructions", "tools"):
+        if getattr(old, name) != getattr(new, name):
+            return name
+    return next((index for index, (one, two) in enumerate(zip(old.items, new.items)) if one != two), None)
+
+
+def miss_reason(
+    cached_tokens: Optional[int], turn: Turn, previous: Optional[Turn], has_session: bool
+) -> Tuple[Optional[str], Union[str, int, None]]:
+    """Return why *turn* found so little in the cache, and where its prefix changed; (None, None) if it is no miss.
+
+    A miss is less than half of what could have been cached: all of the shorter of this prompt and the previous one.
+    """
+    could = min(turn.input_tokens, previous.input_tokens) if previous else turn.input_tokens
+    if cached_tokens is None or 2 * cached_tokens >= could:
+        return None, None
+    if not has_session:
+        return "no_session_value", None
+    if previous is None:
+        return "first_request", None
+    if turn.input_tokens < CACHE_MINIMUM_TOKENS:
+        return "below_minimum", None
+    if turn.target != previous.target:
+        return "moved", None
+    change = changed_at(previous.prefix, turn.prefix) if previous.prefix and turn.prefix else None
+    if change is not None:
+        return "prefix_changed", change
+    return ("idle" if turn.at - previous.at > CACHE_IDLE_S else "unknown"), None
+
+
+class SessionTable:
+    """The last turn of up to SESSIONS sessions, in memory that all workers share; the least recently used go.
+
+    A session has a slot in the bucket that its key leads to.  There is no lock: a slot that two processes wrote at one
+    time has a wrong checksum, and counts as empty.  A page of memory is used when its first session comes.
+    """
+
+    SESSIONS: Final = 10_000
+    WAYS: Final = 8  # slots of a bucket
+    HEAD: Final = struct.Struct("<I16sdIQIIII")  # checksum, key, at, target, input tokens, Prefix with its items' count
+    SLOT_BYTES: Final = 4096
+    MAX_ITEMS: Final = (SLOT_BYTES - HEAD.size) // 4  # a change behind them is not seen
+    BYTES: Final = SESSIONS * SLOT_BYTES
+
+    def __init__(self, memory: Any) -> None:
+        """*memory* is a writable buffer of BYTES zeros."""
+        self._memory = memory
+
+    def replace(self, key: bytes, turn: Turn) -> Optional[Turn]:
+        """Store *turn* for the session *key* (16 bytes); return the one it had."""
+        bucket = int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * self.WAYS
+        slots = [place * self.SLOT_BYTES for place in range(bucket, bucket + self.WAYS)]
+        heads = {slot: self.HEAD.unpack_from(self._memory, slot) for slot in slots}
+        slot = next((slot for slot in slots if heads[slot][1] == key), None)
+        if slot is None:
+            slot, previous = min(slots, key=lambda slot: heads[slot][2]), None
+        else:
+            previous = self._read(slot, heads[slot])
+        prefix = turn.prefix
+        items = prefix.items[: self.MAX_ITEMS] if prefix else ()
+        head = (key, turn.at, turn.target, turn.input_tokens, *(prefix[:3] if prefix else (0, 0, 0)), len(items))
+        data = self.HEAD.pack(0, *head)[4:] + struct.pack(f"<{len(items)}I", *items)
+        self._memory[slot : slot + 4 + len(data)] = zlib.crc32(data).to_bytes(4, "little") + data
+        return previous
+
+    def _read(self, slot: int, head: Tuple[Any, ...]) -> Optional[Turn]:
+        checksum, _, at, target, input_tokens, model, instructions, tools, count = head
+        end = slot + self.HEAD.size + 4 * min(count, self.MAX_ITEMS)
+        if zlib.crc32(self._memory[slot + 4 : end]) != checksum:
+            return None
+        items = struct.unpack_from(f"<{count}I", self._memory, slot + self.HEAD.size)
+        return Turn(at, target, input_tokens, Prefix(model, instructions, tools, items) if model else None)
+
+
+# Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
+BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# name: (type, help, labels)
+METRICS: Final[Mapping[str, Tuple[str, str, Tuple[str, ...]]]] = {
+    "plexus_requests_total": ("counter", "Requests by status class.", ("route", "model", "provider", "status")),
+    "plexus_tokens_total": ("counter", "Tokens as the upstreams count them.", ("model", "provider", "kind")),
+    "plexus_cache_misses_total": ("counter", "Requests that found too little in the cache.", ("model", "reason")),
+    "plexus_ttfb_seconds": ("histogram", "Time to the first byte of the answer.", ("model", "provider")),
+    "plexus_request_duration_seconds": ("histogram", "Time to the last byte of the answer.", ("model", "provider")),
+    "plexus_received_bytes_total": ("counter", "Bytes of request bodies.", ()),
+    "plexus_sent_bytes_total": ("counter", "Bytes of answer bodies.", ()),
+    "plexus_upstream_connections_total": ("counter", "Requests by kind of connection.", ("provider", "reused")),
+    "plexus_failovers_total": ("counter", "Requests that left a provider for the next target.", ("provider",)),
+    "plexus_cooldowns_total": ("counter", "Times that a target began to rest after a failure.", ("provider",)),
+    "plexus_in_flight": ("gauge", "Requests under way.", ()),
+    "plexus_targets_cooling": ("gauge", "Targets that rest after a failure.", ("provider",)),
+    "plexus_build_info": ("gauge", "Always 1.", ("version", "python")),
+    "process_cpu_seconds_total": ("counter", "User and system CPU time.", ()),
+    "process_resident_memory_bytes": ("gauge", "Resident memory.", ()),
+    "process_open_fds": ("gauge", "Open file descriptors.", ()),
+    "process_start_time_seconds": ("gauge", "Start of the process, Unix time.", ()),
+}
+Labels = Tuple[str, ...]
+MAX_MODELS: Final = 200  # behind "*" clients choose the names: what comes later is counted as OTHER
+OTHER: Final = "(other)"
+LISTED: Final = 20  # turns, misses and errors that the status page lists
+MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the key may see
+
+
+class Tally:
+    """What has been counted since the start.  Plain containers, so that workers can show it to each other.
+
+    Used in the loop's thread only.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Dict[str, Dict[Labels, float]] = {name: {} for name in METRICS}
+        self.histograms: Dict[str, Dict[Labels, List[float]]] = {}  # a count for each bucket, above them, and the sum
+        self.minutes: Dict[int, List[int]] = {}  # Unix minute -> requests, input and cached tokens
+        self.rows: Dict[Labels, List[int]] = {}  # see ROW, for ("model", name) and ("target", provider, base URL)
+        self.sessions: Dict[Tuple[Optional[str], str], Dict[str, Any]] = {}  # (key, session), the latest last
+        self.misses: List[Dict[str, Any]] = []
+        self.errors: List[Dict[str, Any]] = []
+        self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
+
+    def count(self, name: str, labels: Labels = (), value: float = 1) -> None:
+        series = self.counts[name]
+        series[labels] = series.get(labels, 0) + value
+
+    def observe(self, name: str, labels: Labels, seconds: float) -> None:
+        buckets = self.histograms.setdefault(name, {}).setdefault(labels, [0] * (len(BUCKETS_S) + 2))
+        buckets[bisect.bisect_left(BUCKETS_S, seconds)] += 1
+        buckets[-1] += seconds
+
+    def add(self, record: Mapping[str, Any], now: float) -> None:
+        """Count a request that has ended at *now* (Unix time)."""
+        provider, status = record["provider"] or "", record["status"] or 0
+        model = self._known_model(record["model"]) if provider else ""
+        self.count("plexus_requests_total", (record["route"] or "", model, provider, f"{status // 100}xx"))
+        self.count("plexus_received_bytes_total", (), record["bytes_in"])
+        self.count("plexus_sent_bytes_total", (), record["bytes_out"])
+        is_error = status >= 400 or record["error"] is not None
+        if is_error:
+            self._list(self.errors, record, now, ("id", "status", "error", "route", "model", "provider", "target"))
+        if not provider:
+            return
+        for name in USAGE_NAMES:
+            if record[name] is not None:
+                self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), record[name])
+        if record["ttfb_ms"] is not None:
+            self.observe("plexus_ttfb_seconds", (model, provider), record["ttfb_ms"] / 1000)
+        self.observe("plexus_request_duration_seconds", (model, provider), record["duration_ms"] / 1000)
+        if record["miss_reason"] is not None:
+            self.count("plexus_cache_misses_total", (model, record["miss_reason"]))
+            place = ("model", "target", "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
+            self._list(self.misses, record, now, place)
+        tokens = [0, 0] if record["cached_tokens"] is None else [record["input_tokens"] or 0, record["cached_tokens"]]
+        add_to(self.minutes, int(now) // 60 * 60, [1, *tokens])
+        if len(self.minutes) > 60:
+            del self.minutes[min(self.minutes)]
+        row = [1, int(is_error), *tokens, record["output_tokens"] or 0]
+        add_to(self.rows, ("model", model), row)
+        add_to(self.rows, ("target", provider, record["target"]), row)
+        if record["session"] is not None:
+            self._add_turn(record, now)
+
+    def _known_model(self, model: Optional[str]) -> str:
+        known = model is None or ("model", model) in self.rows or len(self.rows) < MAX_MODELS
+        return (model or "") if known else OTHER
+
+    def _list(self, rows: List[Dict[str, Any]], record: Mapping[str, Any], now: float, names: Sequence[str]) -> None:
+        rows.append({"ts": now, **{name: record[name] for name in ("key", "session", *names)}})
+        del rows[:-LISTED]
+
+    def _add_turn(self, record: Mapping[str, Any], now: float) -> None:
+        session = (record["key"], record["session"])
+        entry = self.sessions.pop(session, None) or {"requests": 0, "turns": []}
+        entry.update({name: record[name] for name in ("session", "key", "model", "provider")}, last=now)
+        entry["requests"] += 1
+        if record["cached_tokens"] is not None:
+            entry["turns"].append((now, record["input_tokens"], record["cached_tokens"], record["miss_reason"]))
+            del entry["turns"][:-LISTED]
+        self.sessions[session] = entry
+        if len(self.sessions) > MAX_LISTED_SESSIONS:
+            del self.sessions[next(iter(self.sessions))]
+
+
+def add_to(table: Dict[Any, List[Any]], key: Any, values: Sequence[float]) -> None:
+    """Add *values* to those of *table*, element by element."""
+    table[key] = [one + two for one, two in zip(table[key], values)] if key in table else list(values)
+
+
+def merge_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Return the sum of what several workers counted."""
+    total = Tally()
+    for tally in tallies:
+        for name, series in tally.counts.items():
+            for labels, value in series.items():
+                total.count(name, labels, value)
+        for name, histogram in tally.histograms.items():
+            for labels, buckets in histogram.items():
+                add_to(total.histograms.setdefault(name, {}), labels, buckets)
+        for minute, numbers in tally.minutes.items():
+            add_to(total.minutes, minute, numbers)
+        for key, row in tally.rows.items():
+            add_to(total.rows, key, row)
+        for place, (count, rest_s) in tally.open.items():
+            known = total.open.get(place, (0, 0.0))
+            total.open[place] = (known[0] + count, max(known[1], rest_s))
+        for session, entry in tally.sessions.items():
+            other = total.sessions.get(session, {"requests": 0, "turns": [], "last": 0})
+            newest = max(entry, other, key=lambda one: one["last"])
+            turns = sorted(other["turns"] + entry["turns"])[-LISTED:]
+            total.sessions[session] = {**newest, "requests": entry["requests"] + other["requests"], "turns": turns}
+        total.misses += tally.misses
+        total.errors += tally.errors
+    return total
+
+
+def render_metrics(tally: Tally) -> bytes:
+    """Return *tally* as Prometheus text, version 0.0.4."""
+    lines = []
+    for name, (kind, text, label_names) in METRICS.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for labels, value in tally.counts[name].items():
+            lines.append(f"{name}{render_labels(label_names, labels)} {value:.15g}")
+        for labels, buckets in tally.histograms.get(name, {}).items():
+            count = 0.0
+            for bound, number in zip((*map(str, BUCKETS_S), "+Inf"), buckets):
+                count += number
+                lines.append(f"{name}_bucket{render_labels((*label_names, 'le'), (*labels, bound))} {count:.15g}")
+            lines.append(f"{name}_sum{render_labels(label_names, labels)} {buckets[-1]:.15g}")
+            lines.append(f"{name}_count{render_labels(label_names, labels)} {count:.15g}")
+    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+
+
+def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
+    escaped = (value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values)
+    pairs = ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
+    return f"{{{pairs}}}" if pairs else ""
+
+
+ROW: Final = ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")  # input where cached is known
+
+
+def render_status(tally: Tally, identity: Identity, config: Config, now: float) -> Dict[str, Any]:
+    """Return what the status page shows to *identity*: everybody's sums, and the sessions it may see.  JSON's types."""
+    sees_all = identity.name is None or identity.is_admin
+
+    def latest(rows: Iterable[Dict[str, Any]], moment: str, count: int) -> List[Dict[str, Any]]:
+        own = [row for row in rows if sees_all or row["key"] == identity.name]
+        return sorted(own, key=lambda row: -row[moment])[:count]
+
+    models: List[Dict[str, Any]] = []
+    targets: List[Dict[str, Any]] = []
+    for (kind, *names), numbers in tally.rows.items():
+        row = dict(zip(ROW, numbers))
+        if kind == "model":
+            models.append({"model": names[0], **row})
+        else:
+            open_requests, rest_s = tally.open.get(tuple(names), (0, 0.0))
+            targets.append(
+                {"provider": names[0], "target": names[1], **row, "open": open_requests, "cooling_s": rest_s}
+            )
+    costs = [cost_of(config.prices[row["model"]], row) for row in models if row["model"] in config.prices]
+    return {
+        "version": __version__,
+        "key": identity.name,
+        "all_sessions": sees_all,
+        "in_flight": sum(open_requests for open_requests, _ in tally.open.values()),
+        "totals": {name: sum(row[name] for row in models) for name in ROW},
+        "spent": sum(spent for spent, _ in costs) if costs else None,
+        "saved": sum(saved for _, saved in costs) if costs else None,
+        "minutes": [[minute, *numbers] for minute, numbers in sorted(tally.minutes.items()) if minute > now - 3600],
+        "models": models,
+        "targets": targets,
+        "sessions": latest(tally.sessions.values(), "last", 50),
+        "misses": latest(tally.misses, "ts", LISTED),
+        "errors": latest(tally.errors, "ts", LISTED),
+    }
+
+
+def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
+    """Return what the tokens of *row* cost, and what they would have cost more without a cache."""
+    uncached, cached = row["input_tokens"] - row["cached_tokens"], row["cached_tokens"]
+    spent = uncached * price.input + cached * price.cached + row["output_tokens"] * price.output
+    return spent / 1e6, cached * (price.input - price.cached) / 1e6
 
 
 # ---------------------------------------------------------------------------
@@ -2166,6 +2707,7 @@ class State(NamedTuple):
     transport: Transport
     catalogue: Mapping[Tuple[str, str], Tuple[Target, ...]]  # what each configured name means, by name and API
     has_places: bool  # a response id has more than one place where it may have been issued
+    ticket_secret: bytes  # the same in all workers
 
     def targets(self, model: str, api: str) -> Tuple[Target, ...]:
         known = self.catalogue.get((model, api))
@@ -2203,6 +2745,8 @@ class Exchange:
         self.session = Session()
         self.cache_key: Optional[str] = None
         self.body_json: Optional[JsonBody] = None  # kept only where a target has another name for the model
+        self.members: Optional[Mapping[str, Any]] = None  # of the body, until the prefix is taken of them
+        self.prefix: Optional[Prefix] = None  # of a request with a session
         self.targets: Tuple[Target, ...] = ()
         self.plan: Optional[Plan] = None
         self.place: Optional[Place] = None  # what it was placed by, if there was a choice
@@ -2217,7 +2761,9 @@ class Exchange:
         self.repeated = False
         self.waited_s = 0.0  # for 429s
         self.last_answer: Optional[HeldAnswer] = None
+        self.left: List[str] = []  # the providers that a further target stood in for
         self.last_error: ProxyError = UpstreamError("no target is enabled")
+        self.usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -2381,7 +2927,7 @@ class ClientConnection:
         self.peer = peer
         self.phase = Phase.IDLE
         self.exchange: Optional[Exchange] = None
-        self.answer: Optional[Answer] = None
+        self.answer: Union[Answer, Feed, None] = None
         self.closing = False  # no further request on this connection
         self.is_closed = False
         self.out_bytes = 0
@@ -2707,7 +3253,10 @@ class ClientConnection:
             exchange.is_gone = True
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
-            exchange.fail("client_gone")
+            if (
+                not exchange.usage or not exchange.usage.is_complete
+            ):  # Codex leaves after the last event, before the end
+                exchange.fail("client_gone")
             self._end_exchange(exchange)
         self._on_close(self)
 
@@ -2783,6 +3332,7 @@ class Answer:
         self._tail = b"\n\n"  # the last bytes sent: whether the stream is between two events
         self._quiet_since = self._commented_at = self.loop.now
         self._ids: Optional[ResponseIds] = None
+        self._usage: Optional[UsageReader] = None
         connection.answer = self
         connection.phase = Phase.ANSWERING
         self.loop.watch(upstream.sock, selectors.EVENT_READ, self._on_ready)
@@ -2977,6 +3527,7 @@ class Answer:
                 connection.is_delimited_by_close = connection.closing = True
         if exchange.state.has_places and head.status < 300:
             self._ids = ResponseIds()
+        self._usage = exchange.usage = usage_reader(exchange, head)
         connection.begin_answer(head.status, fields, mask_text(head.reason, self._secrets))
 
     def _forward(self, payload: bytes) -> None:
@@ -2991,6 +3542,8 @@ class Answer:
             self._tail = (self._tail + payload[-4:])[-4:]
         if self._ids and payload and self._ids.feed(payload) and self._ids.found:
             self.fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
+        if self._usage:
+            self._usage.feed(payload)
         connection = self.connection
         connection.send_payload(wire, len(payload))
         if self._body.done:
@@ -3033,6 +3586,56 @@ class Answer:
             self.connection.send_payload(b"%x\r\n%b\r\n" % (len(comment), comment) if self._is_chunked else comment, 0)
 
 
+class Feed:
+    """The status page's event stream: what render() returns, at once and then each second if it has changed."""
+
+    def __init__(self, connection: ClientConnection, exchange: Exchange, render: Callable[[], Dict[str, Any]]) -> None:
+        self._connection = connection
+        self._render = render
+        self._last: Dict[str, Any] = {}
+        self._next = self._said_at = 0.0
+        connection.answer = self
+        connection.phase = Phase.ANSWERING
+        exchange.record["stream"] = True
+        fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
+        connection.begin_answer(200, [*fields, ("Transfer-Encoding", "chunked")])
+        self.tick(connection.loop.now)
+
+    def tick(self, now: float) -> None:
+        connection = self._connection
+        if connection.app.is_draining():
+            self._send(b"")
+            connection.finish()
+        elif (
+            now >= self._next and not connection.out_bytes
+        ):  # read too slowly: nothing more, and the stall limit counts
+            self._next = now + FEED_S
+            status = self._render()
+            if status != self._last:
+                self._send(b"event: status\ndata: " + render_json({**status, "now": time.time()}) + b"\n")
+            elif now - self._said_at > FEED_COMMENT_S:
+                self._send(b": nothing new\n\n")
+            else:
+                return
+            self._last, self._said_at = status, now
+
+    def _send(self, event: bytes) -> None:
+        self._connection.send_payload(b"%x\r\n%b\r\n" % (len(event), event), len(event))
+
+    def resume(self) -> None:
+        """What was kept for the page has been read: the next tick goes on."""
+
+    def cancel(self) -> None:
+        """The page has gone: nothing else is held."""
+
+
+def usage_reader(exchange: Exchange, head: AnswerHead) -> Optional[UsageReader]:
+    """Return a reader for this answer; None if it is encoded, or what it counts was counted when it was made."""
+    if head.headers.get("content-encoding") or exchange.route is None or exchange.route.action != "forward":
+        return None
+    return UsageReader(is_event_stream(head.headers))
+
+
 def secrets_of(provider: Provider) -> Tuple[bytes, ...]:
     """Return the credentials that go to *provider*, for masking."""
     values = [value.rpartition(" ")[2] for name, value in provider.headers if name.lower() in CREDENTIALS]
@@ -3052,6 +3655,9 @@ def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
     exchange = connection.exchange
     if exchange is None:
         return
+    exchange.usage = usage_reader(exchange, held.head)
+    if exchange.usage:
+        exchange.usage.feed(held.body)
     sent = secrets_of(held.target.provider)
     fields = masked_fields(answer_fields(held.head, exchange.renamed), sent)
     connection.respond(held.head.status, fields, mask(held.body, sent), mask_text(held.head.reason, sent))
@@ -3087,8 +3693,11 @@ def admit(exchange: Exchange) -> None:
             "websocket_not_supported", "WebSockets are not spoken here; use POST", fields=[("Upgrade", "HTTP/1.1")]
         )
     check_origin(head, config)
-    if route.action != "health":
-        exchange.identity = find_key(head.headers, config.keys)
+    if route.action not in ("health", "page"):
+        if route.action == "status" and head.query:
+            exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, config.keys, time.time())
+        else:
+            exchange.identity = find_key(head.headers, config.keys)
         exchange.record.update(key=exchange.identity.name, label=exchange.identity.label)
     lengths = head.headers.all("content-length"), head.headers.all("transfer-encoding")
     if route.action == "forward" and not any(lengths):
@@ -3112,12 +3721,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = self.exchange.route
         assert route is not None
         try:
-            if route.action == "health":
-                self.answer({"status": "ok"})
-            elif route.action == "models":
-                self.answer(self.models(route))
-            else:
+            if route.is_forwarded:
                 self.forward(route)
+            else:
+                getattr(self, "do_" + route.action)(route)
         except ProxyError as error:
             self.server.loop.call(self.connection.respond_error, error)
         except ClientGone:  # the loop saw it first, and has written the record
@@ -3125,6 +3732,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, value: Any) -> None:
         self.server.loop.call(self.connection.respond, 200, own_fields(), render_json(value))
+
+    def do_health(self, route: Route) -> None:
+        self.answer({"status": "ok"})
+
+    def do_page(self, route: Route) -> None:
+        self.server.loop.call(self.connection.respond, 200, *self.server.page)
+
+    def do_ticket(self, route: Route) -> None:
+        expires = int(time.time()) + TICKET_S
+        ticket = make_ticket(self.exchange.state.ticket_secret, self.exchange.identity.name, expires)
+        self.answer({"ticket": ticket, "expires_in": TICKET_S})
+
+    def do_metrics(self, route: Route) -> None:
+        self.server.loop.call(self.server.answer_metrics, self.connection)
+
+    def do_status(self, route: Route) -> None:
+        self.server.loop.call(self.server.attach_feed, self.connection, self.exchange)
+
+    def do_models(self, route: Route) -> None:
+        self.answer(self.models(route))
 
     def usable_models(self) -> List[str]:
         """Return the names that this key may use."""
@@ -3181,6 +3808,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.fleet.closed(target)
                 raise
             else:
+                if exchange.members is not None:  # the upstream has its request: now there is time for this
+                    exchange.prefix, exchange.members = prefix_of(exchange.members), None
                 self.server.loop.call(self.server.attach, self.connection, exchange, upstream)
                 return
 
@@ -3207,6 +3836,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.session = session_of(headers, members)
         exchange.cache_key = cache_key(members)
         exchange.record.update(model=model, session=exchange.session.digest, session_source=exchange.session.source)
+        if body is not None and exchange.session.value is not None:
+            exchange.members = members
         exchange.targets = targets
         if any(target.model != model for target in targets):
             exchange.body_json = body
@@ -3301,6 +3932,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.repeat:
             target = exchange.target
         elif exchange.tried < len(exchange.plan.targets):
+            if exchange.tried and exchange.target is not None:
+                exchange.left.append(exchange.target.provider.name)
             target = exchange.plan.targets[exchange.tried]
             exchange.tried += 1
             exchange.repeated = False
@@ -3375,6 +4008,54 @@ MAX_QUEUED_LINES: Final = 10_000
 LOG_PAUSE_S: Final = 0.02
 
 
+class Shared(NamedTuple):
+    """What all workers see: memory made before the first fork."""
+
+    sessions: SessionTable
+    board: "Board"
+
+
+class Board:
+    """What each worker has counted, so that any of them can tell the sum; a worker that is replaced counts on.
+
+    Every worker has a place of two halves: a publication is written behind the one that is read, then takes its
+    place.  What another process reads in the wrong moment has a wrong checksum, and is read again.
+    """
+
+    HALF_BYTES: Final = MIB  # memory is used as far as it is written
+    HEAD: Final = struct.Struct("<QII")  # number of the publication, length, checksum
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
+
+    def _heads(self, worker: int) -> List[Tuple[int, int, int, int]]:
+        """Return (publication, length, checksum, offset) of both halves, the newer first."""
+        offsets = (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES)
+        return sorted((*self.HEAD.unpack_from(self._memory, offset), offset) for offset in offsets)[::-1]
+
+    def publish(self, worker: int, tally: Tally) -> None:
+        data = marshal.dumps(vars(tally))
+        if len(data) > self.HALF_BYTES - self.HEAD.size:  # hostile names; numbers alone stay far below
+            data = marshal.dumps({**vars(tally), "sessions": {}, "misses": [], "errors": []})
+        newer, older = self._heads(worker)
+        begin = older[3] + self.HEAD.size
+        self._memory[begin : begin + len(data)] = data
+        self.HEAD.pack_into(self._memory, older[3], newer[0] + 1, len(data), zlib.crc32(data))
+
+    def read(self, worker: int) -> Tally:
+        """Return what *worker* published last; an empty Tally if nothing yet."""
+        tally = Tally()
+        for _ in range(3):
+            number, length, checksum, offset = self._heads(worker)[0]
+            begin = offset + self.HEAD.size
+            data = self._memory[begin : begin + length]
+            if number and zlib.crc32(data) == checksum:
+                vars(tally).update(marshal.loads(data))
+                break
+        return tally
+
+
 class Log:
     """Lines of JSON to stderr or a file, written by a thread of its own: a full disk or a terminal that was stopped
     must not stop the service.  What does not fit into the queue is dropped, and a line says so."""
@@ -3384,6 +4065,7 @@ class Log:
         self._level = LEVELS.index(level)
         self._path = path
         self._fd = 2 if path is None else self.open(path)
+        self._is_terminal = path is None and os.isatty(2)
         self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         self._dropped = threading.Event()
         self._reopen = threading.Event()
@@ -3406,7 +4088,8 @@ class Log:
 
     def _put(self, value: Mapping[str, Any]) -> None:
         if self._lines.qsize() < MAX_QUEUED_LINES:
-            self._lines.put(render_json(value))
+            line = (render_line(value) + "\n").encode("utf-8", "replace") if self._is_terminal else render_json(value)
+            self._lines.put(line)
         else:
             self._dropped.set()
 
@@ -3475,14 +4158,38 @@ def hold_signals(hold: bool) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, signals)
 
 
+def process_figures() -> Dict[str, float]:
+    """Return Prometheus' figures of this process, as far as the system tells them (Linux tells all in /proc)."""
+    figures = {"process_cpu_seconds_total": time.process_time()}
+    with contextlib.suppress(OSError):
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        with open("/proc/self/statm", encoding="ascii") as file:
+            figures["process_resident_memory_bytes"] = int(file.read().split()[1]) * mmap.PAGESIZE
+    return figures
+
+
 class Server(http.server.ThreadingHTTPServer, Application):
     """The listening socket, the loop, the clients, and a thread for each turn of a request."""
 
     daemon_threads = True
 
-    def __init__(self, state: State, log: Log, reload_state: Callable[[], State], listener: socket.socket) -> None:
+    def __init__(
+        self,
+        state: State,
+        log: Log,
+        reload_state: Callable[[], State],
+        listener: socket.socket,
+        shared: Shared,
+        number: int,
+        page: Tuple[List[Field], bytes],
+    ) -> None:
+        """*number* is the worker's; *page* the fields and the HTML of the status page."""
         self.state = state
         self.fleet = Fleet()
+        self.tally = shared.board.read(number)
+        self.page = page
+        self._shared = shared
+        self._number = number
         self.loop = Loop()
         self.log = log
         self.started = int(time.time())
@@ -3538,12 +4245,78 @@ class Server(http.server.ThreadingHTTPServer, Application):
             connection.respond_error(ProxyError("overloaded", "the system has no thread left for this request"))
 
     def done(self, exchange: Exchange) -> None:
-        self.log.record(exchange.record)
+        record = exchange.record
+        if exchange.usage:
+            self._explain(exchange, exchange.usage)
+        self.log.record(record)
+        self.tally.add(record, time.time())
+        for provider in exchange.left:
+            self.tally.count("plexus_failovers_total", (provider,))
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
+
+    def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
+        """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""
+        record, session, target = exchange.record, exchange.session.value, exchange.target
+        record.update(usage.tokens)
+        if usage.error:
+            exchange.fail(usage.error)
+        if record["input_tokens"] is None or target is None:
+            return
+        turn = Turn(exchange.started, digest_of(target.id), record["input_tokens"], exchange.prefix)
+        previous = None
+        if session is not None:
+            key = bytes.fromhex(text_digest(f"{record['key']} {session}"))[:16]
+            previous = self._shared.sessions.replace(key, turn)
+        reason = miss_reason(record["cached_tokens"], turn, previous, session is not None)
+        record["miss_reason"], record["prefix_changed_at"] = reason
+
+    # -- what is counted -------------------------------------------------
+
+    def _measure(self) -> None:
+        """Put into the tally what is true now: requests under way, resting targets, figures of the process."""
+        tally, config, now = self.tally, self.state.config, self.loop.now
+        exchanges = (client.exchange for client in self._clients)
+        busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
+        resting = self.fleet.resting(now)
+        tally.open = {}
+        for provider in config.providers.values():
+            for url in (url for urls in provider.api_base_url.values() for url in urls):
+                place = Target(provider, url, "").place
+                add_to(tally.rows, ("target", provider.name, url), [0] * len(ROW))
+                rest_s = max((rest for name, rest in resting.items() if name.startswith(place)), default=0.0)
+                tally.open[provider.name, url] = (busy[place], round(rest_s))
+            names = [name for name in resting if name.startswith(provider.name + " ")]
+            tally.counts["plexus_targets_cooling"][(provider.name,)] = len(names)
+        tally.counts["plexus_cooldowns_total"] = {(name,): count for name, count in self.fleet.cooldowns().items()}
+        tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
+        for name, value in process_figures().items():
+            tally.counts[name] = {(): value}
+
+    def _total(self) -> Tally:
+        """Return the sum over all workers: of the others what they published last."""
+        self._measure()
+        board = self._shared.board
+        others = (board.read(number) for number in range(board.workers) if number != self._number)
+        total = merge_tallies([self.tally, *others])
+        total.counts["plexus_build_info"] = {(__version__, sys.version.split()[0]): 1}
+        total.counts["process_start_time_seconds"] = {(): self.started}
+        return total
+
+    def answer_metrics(self, connection: ClientConnection) -> None:
+        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8"), *own_fields()[1:]]
+        connection.respond(200, fields, render_metrics(self._total()))
+
+    def attach_feed(self, connection: ClientConnection, exchange: Exchange) -> None:
+        def render() -> Dict[str, Any]:
+            status = render_status(self._total(), exchange.identity, self.state.config, time.time())
+            return {**status, "started": self.started, "workers": self._shared.board.workers}
+
+        if connection.exchange is exchange:
+            Feed(connection, exchange, render)
 
     # -- what ThreadingHTTPServer asks -----------------------------------
 
@@ -3600,6 +4373,9 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def attach(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
         """In the loop: relay the answer that will come on *upstream*, unless the client has left meanwhile."""
+        if exchange.target:
+            reused = "true" if upstream.reused else "false"
+            self.tally.count("plexus_upstream_connections_total", (exchange.target.provider.name, reused))
         if connection.exchange is exchange:
             Answer(connection, exchange, upstream)
         else:
@@ -3644,6 +4420,9 @@ class Server(http.server.ThreadingHTTPServer, Application):
         for client in list(self._clients):
             self.loop.guard(client.tick, now)
         self.state.transport.expire(now)
+        if self._shared.board.workers > 1:
+            self._measure()
+            self._shared.board.publish(self._number, self.tally)
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
@@ -3926,6 +4705,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 # 14  Page -- the status page, one string.  May be skipped.
 # ---------------------------------------------------------------------------
 
+PAGE: Final = "<!doctype html><title>plexus_lite</title>"
+
 # ---------------------------------------------------------------------------
 # 15  Report -- what access logs say, for `report`.  May be skipped.
 # ---------------------------------------------------------------------------
@@ -4055,20 +4836,22 @@ def say(text: str, fd: int = 1) -> None:
         os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def make_state(config: Config, demo: DemoBackend) -> State:
+def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes) -> State:
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
-    return State(config, Transport(config, demo.connect), catalogue, len(places_of(config, None)) > 1)
+    has_places = len(places_of(config, None)) > 1
+    return State(config, Transport(config, demo.connect), catalogue, has_places, ticket_secret)
 
 
 def serve(options: argparse.Namespace) -> int:
     here = os.path.dirname(os.path.abspath(__file__))
     path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
     demo = DemoBackend()
+    ticket_secret = secrets.token_bytes(32)
 
     def load_state() -> State:
         try:
             config = read_config(path, options)
-            return make_state(config, demo)
+            return make_state(config, demo, ticket_secret)
         except ConfigError as error:
             raise ConfigError("", f"{path}: {error}") from None
 
@@ -4098,6 +4881,9 @@ def serve(options: argparse.Namespace) -> int:
         say(f"{path}: workers: this system cannot fork, so one process serves", 2)
         workers = 1
 
+    shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers))
+    page = ([("Content-Type", "text/html; charset=utf-8")], PAGE.encode("ascii"))
+
     def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:
         bind_to_core(state.config, number)
         log = Log(options.log_file, options.log_level)
@@ -4105,7 +4891,8 @@ def serve(options: argparse.Namespace) -> int:
         if lifeline is not None:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
                 current = load_state()
-        server = Server(share_of(current, workers), log, lambda: share_of(load_state(), workers), listener)
+        reload_state = lambda: share_of(load_state(), workers)  # noqa: E731
+        server = Server(share_of(current, workers), log, reload_state, listener, shared, number, page)
         server.catch_signals()
         if lifeline is not None:
             server.watch_supervisor(lifeline)

@@ -494,7 +494,7 @@ class Bench(plexus_lite.Application):
     def __init__(self, respond: Callable[["Bench", Any, Any], None]) -> None:
         self.transport = BenchTransport()
         transport: Any = self.transport
-        self.state = plexus_lite.State(CONFIG, transport, {}, True)
+        self.state = plexus_lite.State(CONFIG, transport, {}, True, b"ticket secret")
         self.fleet = plexus_lite.Fleet()
         self.loop = BenchLoop()
         self.respond = respond

@@ -25,6 +25,9 @@ ROWS: Sequence[Tuple[str, Mapping[str, str], str, str, str]] = (
     ("/models/gpt-5.4", {"GET": "models"}, "/models/{id}", "responses", "gpt-5.4"),
     ("/models/org/model", {"GET": "models"}, "/models/{id}", "responses", "org/model"),
     ("/health", {"GET": "health"}, "/health", "responses", ""),
+    ("/metrics", {"GET": "metrics"}, "/metrics", "responses", ""),
+    ("/status", {"GET": "status", "POST": "ticket"}, "/status", "responses", ""),
+    ("/", {"GET": "page"}, "/", "responses", ""),
 )
 
 # What the clients send (real header names, order and case; values shortened) and what leaves, line by line:
@@ -421,7 +424,7 @@ class Routes(Refusals):
                         self.assertEqual(set(allowed) - set(methods) - {"HEAD"}, set())
 
     def test_anything_else_is_a_404(self):
-        paths = ["/v1", "/v1/", "/v1/v1/responses", "/codex/v1/responses", "/codex/codex/responses", "/v2/responses"]
+        paths = ["/v1", "/v1//", "/v1/v1/responses", "/codex/v1/responses", "/codex/codex/responses", "/v2/responses"]
         paths += ["/backend-api/v1/responses", "/v1/backend-api/responses", "/V1/responses", "/v1/Responses"]
         paths += ["/v1responses", "/v1/responsesx", "/v1/responses/", "//responses", "/v1//responses"]
         paths += ["/responses/a/b", "/responses//cancel", "/responses/..", "/responses/../models", "/responses/a.b"]

@@ -28,6 +28,7 @@ SETTINGS: Tuple[Any, ...] = (
     plexus_lite.Provider,
     plexus_lite.Alias,
     plexus_lite.AliasTarget,
+    plexus_lite.Price,
     plexus_lite.Limits,
 )
 # Name used, place that uses it: why it may point down.  Empty, and that is the aim.

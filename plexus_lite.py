@@ -2340,6 +2340,7 @@ def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 MAX_IDLE_PER_ORIGIN: Final = 128
+SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 
 
@@ -2380,14 +2381,33 @@ def wait_ready(sock: socket.socket, events: int, deadline: float, is_gone: Calla
 class UpstreamConnection:
     """A connection to an upstream with at most one request under way.  Owned by whoever holds it; ends in close()."""
 
-    __slots__ = ("idle_since", "origin", "reused", "sock", "whole")
+    __slots__ = ("idle_since", "origin", "reused", "sock", "unsent", "whole")
 
     def __init__(self, sock: socket.socket, origin: Tuple[str, ...]) -> None:
         self.sock = sock
         self.origin = origin
         self.reused = False
-        self.whole = True  # the request left completely
+        self.unsent: List[memoryview] = []  # of the request, the last part first
+        self.whole = True  # no part of the request was given up
         self.idle_since = 0.0
+
+    def send_some(self) -> None:
+        """Send what the upstream takes now; what is left stays in unsent.
+
+        A break is no error here: the upstream may have answered before it closed, and its answer is still to be read.
+        """
+        while self.unsent:
+            view = self.unsent.pop()
+            try:
+                sent = self.sock.send(view[:SEND_BYTES])
+            except BLOCKED:
+                self.unsent.append(view)
+                return
+            except OSError:
+                self.unsent, self.whole = [], False
+                return
+            if sent < len(view):
+                self.unsent.append(view[sent:])
 
     def is_usable(self) -> bool:
         """Say whether an idle connection is still open and silent: the upstream may have closed it meanwhile.
@@ -2464,6 +2484,7 @@ class OutboundRequest(urllib.request.Request):
         body: Union[bytes, bytearray, None],
         is_gone: Callable[[], bool],
         fresh: bool,
+        may_wait: bool,
     ) -> None:
         super().__init__(target.base_url + path, method=method)
         self.target = target
@@ -2471,6 +2492,7 @@ class OutboundRequest(urllib.request.Request):
         self.body = body
         self.is_gone = is_gone
         self.fresh = fresh  # not over a pooled connection
+        self.may_wait = may_wait  # for a connection to be made
 
     def render_head(self) -> bytes:
         fields: List[Field] = []
@@ -2504,13 +2526,12 @@ class Transport(urllib.request.BaseHandler):
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
-    def send(self, request: OutboundRequest) -> UpstreamConnection:
-        """Send *request*; return the connection on which its answer will come.
+    def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
+        """Send *request* as far as the upstream takes it now; return the connection on which its answer will come.
 
-        UpstreamError, ClientGone.  A connection that breaks while the body is being sent is
-        returned all the same (whole is false): the upstream may have answered before it closed.
+        None if that needs a new connection, and *request* may not wait for one.  UpstreamError, ClientGone.
         """
-        connection: UpstreamConnection = self._opener.open(request, timeout=None)
+        connection: Optional[UpstreamConnection] = self._opener.open(request, timeout=None)
         return connection
 
     def release(self, connection: UpstreamConnection) -> None:
@@ -2528,18 +2549,20 @@ class Transport(urllib.request.BaseHandler):
     def close(self) -> None:
         self._pool.close()
 
-    def http_open(self, request: OutboundRequest) -> UpstreamConnection:
+    def http_open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         provider = request.target.provider
         origin = (request.type, request.host, provider.name)
         connection = None if request.fresh else self._pool.take(origin)
         if connection is None:
+            if not request.may_wait:
+                return None
             deadline = time.monotonic() + provider.timeout_s("connect_timeout_s", self._limits)
             connection = UpstreamConnection(self._connect(request, origin, deadline), origin)
-        try:
-            self._send(connection, request)
-        except BaseException:
-            connection.close()
-            raise
+        head, body = request.render_head(), request.body or b""
+        connection.unsent = (
+            [memoryview(head + body)] if len(body) <= 128 * KIB else [memoryview(body), memoryview(head)]
+        )
+        connection.send_some()
         return connection
 
     https_open = http_open
@@ -2615,37 +2638,6 @@ class Transport(urllib.request.BaseHandler):
         except BaseException:
             tls.close()
             raise
-
-    def _send(self, connection: UpstreamConnection, request: OutboundRequest) -> None:
-        """Send head and body, in one piece if small; stop where the upstream answers or breaks before the end."""
-        provider = request.target.provider
-        deadline = time.monotonic() + provider.timeout_s("first_byte_timeout_s", self._limits)
-        head, body = request.render_head(), request.body or b""
-        pieces = [head + body] if len(body) <= 128 * KIB else [head, body]
-        for piece in pieces:
-            view = memoryview(piece)
-            while len(view):
-                try:
-                    sent = connection.sock.send(view[: 4 * MIB])
-                    view = view[sent:]
-                    continue
-                except BLOCKED:
-                    pass
-                except OSError:
-                    connection.whole = False
-                    return
-                try:
-                    # TLS is readable for reasons of its own (tickets): there the end of the request is waited for.
-                    events = selectors.EVENT_WRITE | (selectors.EVENT_READ if request.type == "http" else 0)
-                    ready = wait_ready(connection.sock, events, deadline, request.is_gone)
-                except TimeoutError:
-                    raise UpstreamError(
-                        f"{request.host} did not take the request within the first_byte_timeout_s of {provider.name}",
-                        "upstream_timeout",
-                    ) from None
-                if ready == selectors.EVENT_READ:
-                    connection.whole = False  # an answer before the end of the request: read that instead
-                    return
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -2757,6 +2749,7 @@ class Exchange:
         self.tried = 0  # how many targets of the plan
         self.target: Optional[Target] = None  # the one being asked
         self.renamed: Optional[Tuple[str, str]] = None  # the client's and the upstream's name of the model
+        self.asks_again = False  # the same target, since the loop could not wait for a connection
         self.repeat = False  # ask the same target again, on a fresh connection
         self.repeated = False
         self.waited_s = 0.0  # for 429s
@@ -2808,6 +2801,7 @@ class Loop:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakeups)
         self._watched: Dict[socket.socket, int] = {}
         self._stopped = False
+        self._thread = 0
         self.now = time.monotonic()
         self.on_tick: Callable[[float], None] = lambda now: None
         self.on_wake: Callable[[], None] = lambda: None
@@ -2819,13 +2813,16 @@ class Loop:
         return self._wake_write.fileno()
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run *function* in the loop's thread, soon.  The only method that other threads may use."""
+        """Run *function* in the loop's thread, soon.  Other threads may use this and the next method, and no more."""
         with self._lock:
             self._calls.append((function, arguments))
-            wake, self._woken = not self._woken, True
+            wake, self._woken = not self._woken and not self.is_this_thread(), True
         if wake:
             with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
                 self._wake_write.send(b"\0")
+
+    def is_this_thread(self) -> bool:
+        return self._thread == threading.get_ident()
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
         """Call *callback* with the ready events of *sock*; 0 ends it."""
@@ -2847,8 +2844,9 @@ class Loop:
 
     def run(self) -> None:
         next_tick = 0.0
+        self._thread = threading.get_ident()
         while not self._stopped:
-            ready = self._selector.select(TICK_S)
+            ready = self._selector.select(0 if self._calls else TICK_S)
             self.now = time.monotonic()
             for key, events in ready:
                 if self._watched.get(key.fileobj) or key.fileobj is self._wake_read:  # type: ignore[call-overload]
@@ -3335,13 +3333,25 @@ class Answer:
         self._usage: Optional[UsageReader] = None
         connection.answer = self
         connection.phase = Phase.ANSWERING
-        self.loop.watch(upstream.sock, selectors.EVENT_READ, self._on_ready)
+        self._watch()
 
     # -- the upstream's side ---------------------------------------------
+
+    def _watch(self) -> None:
+        """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
+        if self.upstream:
+            events = 0 if self.connection.out_bytes > HIGH_WATER_BYTES else selectors.EVENT_READ
+            events |= selectors.EVENT_WRITE if self.upstream.unsent else 0
+            self.loop.watch(self.upstream.sock, events, self._on_ready)
 
     def _on_ready(self, events: int) -> None:
         upstream = self.upstream
         if upstream is None:
+            return
+        if events & selectors.EVENT_WRITE:
+            upstream.send_some()
+            self._watch()
+        if not events & selectors.EVENT_READ:
             return
         try:
             data = receive(upstream.sock)
@@ -3488,7 +3498,7 @@ class Answer:
             return
         self.loop.watch(upstream.sock, 0, self._on_ready)
         self.fleet.closed(self.target)
-        if reusable and upstream.whole and self._is_persistent():
+        if reusable and upstream.whole and not upstream.unsent and self._is_persistent():
             self.exchange.state.transport.release(upstream)
         else:
             upstream.close()
@@ -3549,14 +3559,13 @@ class Answer:
         if self._body.done:
             self._detach(reusable=True)
             connection.finish()
-        elif connection.out_bytes > HIGH_WATER_BYTES and self.upstream:
-            self.loop.watch(self.upstream.sock, 0, self._on_ready)
+        elif connection.out_bytes > HIGH_WATER_BYTES:
+            self._watch()
 
     def resume(self) -> None:
         """The client has read what was kept for it: go on reading from the upstream."""
-        if self.upstream:
-            self._quiet_since = self.loop.now
-            self.loop.watch(self.upstream.sock, selectors.EVENT_READ, self._on_ready)
+        self._quiet_since = self.loop.now
+        self._watch()
 
     def tick(self, now: float) -> None:
         connection = self.connection
@@ -3800,6 +3809,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             try:
                 upstream = exchange.state.transport.send(self.outbound_request(route, target))
+                if upstream is None:  # in the loop, where nothing may wait: the same again in a thread
+                    exchange.asks_again = True
+                    self.fleet.closed(target)
+                    self.server.give_to_thread(self.request)
+                    return
             except UpstreamError as error:
                 self.fleet.closed(target)
                 self.fleet.failed(target, time.monotonic())
@@ -3929,8 +3943,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
         exchange = self.exchange
         assert exchange.plan is not None
-        if exchange.repeat:
-            target = exchange.target
+        if exchange.repeat or exchange.asks_again:
+            target, exchange.asks_again = exchange.target, False
         elif exchange.tried < len(exchange.plan.targets):
             if exchange.tried and exchange.target is not None:
                 exchange.left.append(exchange.target.provider.name)
@@ -3971,7 +3985,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = replace_model(exchange.body_json, target.model)
         elif exchange.head.method == "POST":
             body = exchange.body
-        fresh, exchange.repeat = exchange.repeat, False
+        may_wait = not self.server.loop.is_this_thread()
+        fresh = exchange.repeat
+        exchange.repeat = fresh and not may_wait
         return OutboundRequest(
             target,
             route.path + exchange.head.query,
@@ -3980,6 +3996,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body,
             lambda: exchange.is_gone,
             fresh,
+            may_wait,
         )
 
     def give_up(self) -> None:
@@ -4006,6 +4023,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 LEVELS: Final = ("error", "warning", "info", "debug")
 MAX_QUEUED_LINES: Final = 10_000
 LOG_PAUSE_S: Final = 0.02
+SMALL_TURN_BYTES: Final = (
+    64 * KIB
+)  # JSON of this size keeps the loop for some 0.2 ms; a compressed body can be any size
 
 
 class Shared(NamedTuple):
@@ -4239,10 +4259,21 @@ class Server(http.server.ThreadingHTTPServer, Application):
         admit(exchange)
 
     def start(self, exchange: Exchange, connection: ClientConnection) -> None:
+        """Handle a small request at once, here in the loop, as long as nothing has to be waited for: the way to a
+        thread and back costs more than the rest of it.  Any other gets a thread."""
+        turn: Any = (exchange, connection)
+        is_encoded = exchange.head is not None and exchange.head.headers.get("content-encoding")
+        if len(exchange.body) <= SMALL_TURN_BYTES and not is_encoded:
+            self.process_request_thread(turn, connection.peer)
+        else:
+            self.give_to_thread(turn)
+
+    def give_to_thread(self, turn: Any) -> None:
         try:
-            self.process_request((exchange, connection), connection.peer)
+            self.process_request(turn, turn[1].peer)
         except RuntimeError:  # can't start new thread
-            connection.respond_error(ProxyError("overloaded", "the system has no thread left for this request"))
+            error = ProxyError("overloaded", "the system has no thread left for this request")
+            self.loop.call(turn[1].respond_error, error)
 
     def done(self, exchange: Exchange) -> None:
         record = exchange.record

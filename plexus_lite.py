@@ -1861,95 +1861,79 @@ class ResponseIds:
         return found is not None
 
 
-# The member names read from an answer, and the objects in which they are looked for.
-USAGE_NAMES: Final = {
-    "input_tokens": ("input_tokens", "prompt_tokens"),
-    "cached_tokens": ("input_tokens_details/cached_tokens", "prompt_tokens_details/cached_tokens"),
-    "cache_write_tokens": ("input_tokens_details/cache_write_tokens", "prompt_tokens_details/cache_write_tokens"),
-    "output_tokens": ("output_tokens", "completion_tokens"),
-}
-DETAILS: Final = ("usage", "usage/input_tokens_details", "usage/prompt_tokens_details", "error")
-MEMBER_PLACES: Final = frozenset({"", "response", *DETAILS, *(f"response/{place}" for place in DETAILS)})
-MEMBER_NAMES: Final = frozenset(
-    {"type", "code", *(path.rpartition("/")[2] for paths in USAGE_NAMES.values() for path in paths)}
+# What the access log calls it: where an answer's usage has it.
+USAGE_PATHS: Final = (
+    ("input_tokens", ("input_tokens",)),
+    ("input_tokens", ("prompt_tokens",)),
+    ("cached_tokens", ("input_tokens_details", "cached_tokens")),
+    ("cached_tokens", ("prompt_tokens_details", "cached_tokens")),
+    ("cache_write_tokens", ("input_tokens_details", "cache_write_tokens")),
+    ("cache_write_tokens", ("prompt_tokens_details", "cache_write_tokens")),
+    ("output_tokens", ("output_tokens",)),
+    ("output_tokens", ("completion_tokens",)),
 )
-# A string (group 1 is missing if its end is), punctuation, or anything else; and what matters below an unread object.
-JSON_TOKEN: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|(\\)?\Z)|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
-JSON_BRACKET: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|(\\)?\Z)|[{}\[\]]', re.DOTALL)
-MAX_SCALAR_BYTES: Final = 256
-MAX_LINE_BYTES: Final = 16 * KIB  # of an event's data, before it is read piece by piece
-MAX_INDEX: Final = 1 << 62  # -1 modulo this lies behind every index
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
+TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
+TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
+SHORT_JSON_BYTES: Final = 64 * KIB  # kept whole until it is complete; what is longer is read piece by piece
+MEMBER_BYTES: Final = 8 * KIB  # of a usage or error object; real ones have some 200
+JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)  # no group 1: it goes on
+MEMBER: Final = re.compile(rb'"(usage|error)"\s*:\s*(?=\{)')
+CUT_MEMBER: Final = re.compile(rb'"(?:usage|error)"\s*:?\s*\Z')
+EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"([a-z._]+)"')
 
 
-class MemberReader:
-    """Takes MEMBER_NAMES at MEMBER_PLACES out of a JSON object that is split anywhere, and keeps nothing else of it.
+class LongJson:
+    """Finds the objects "usage" and "error" at the top or one level below it, in JSON too long to be kept.
 
-    The rest can be long: response.completed repeats the instructions, the tools and the output.  All of it has been
-    relayed already, so what is no JSON is no error here; it only finds nothing.
+    A response.completed repeats the instructions, the tools and all output.  Feed it anything; it knows the depth at
+    the end of what came, and holds back what a later piece may complete: a member, or the beginning of a string.
     """
 
-    def __init__(self) -> None:
-        self.found: Dict[str, Union[int, str]] = {}  # by path: "response/usage/input_tokens"
-        self._places: List[str] = []  # the open objects that are read
-        self._unread = 0  # open brackets below them
-        self._string = self._name = ""  # the last string, and whether a colon made it the name of what follows
-        self._held = b""  # an incomplete token
+    def __init__(self, max_depth: int) -> None:
+        self.found: Dict[str, Any] = {}
+        self._max_depth = max_depth
+        self._depth = 0
+        self._held = b""
 
     def feed(self, data: bytes) -> None:
-        data, self._held = self._held + data, b""
-        position = 0
-        while True:
-            token = (JSON_BRACKET if self._unread else JSON_TOKEN).search(data, position)
-            if token is None:
-                return
-            position, text = token.end(), token.group()
-            is_string = text[:1] == b'"'
-            if not token.group(1) if is_string else position == len(data) and text not in b"{}[],:":
-                self._hold(token)
-                return
-            if self._unread:
-                self._unread += (text in b"{[") - (text in b"}]")
-            elif is_string:
-                self._string = text[1:-1].decode("utf-8", "replace") if len(text) <= MAX_SCALAR_BYTES else ""
-                self._take(self._string)
-            elif text == b":":
-                self._name = self._string
-            elif text in b"{[":
-                self._open(text)
-            elif text in b"},]":
-                self._name = ""
-                if text == b"}" and self._places:
-                    self._places.pop()
-            elif text.isdigit() and len(text) < 16:
-                self._take(int(text))
+        data = self._held + data
+        position, end = 0, len(data)
+        for member in MEMBER.finditer(data):  # a quote within a string is escaped, so this is never inside one
+            if member.start() < position:
+                continue
+            self._pass(data[position : member.start()])
+            position = member.start()
+            if self._depth <= self._max_depth:
+                text = data[member.end() : member.end() + MEMBER_BYTES].decode("utf-8", "replace")
+                try:
+                    self.found[member.group(1).decode()] = json.JSONDecoder().raw_decode(text)[0]
+                except (ValueError, RecursionError):
+                    if len(data) - member.end() < MEMBER_BYTES:  # the rest of it is still to come
+                        end = position
+                        break
+        cut = CUT_MEMBER.search(data, max(position, end - 64), end)
+        end = cut.start() if cut else end
+        self._held = self._pass(data[position:end]) + data[end:]
 
-    def _hold(self, token: "re.Match[bytes]") -> None:
-        if len(token.group()) <= MAX_SCALAR_BYTES:
-            self._held = token.group()
-        elif token.group()[:1] == b'"':  # too long to be wanted: only its end matters, and whether an escape is cut
-            self._name = ""
-            self._held = b'"' + (token.group(2) or b"")
-
-    def _open(self, bracket: bytes) -> None:
-        place = f"{self._places[-1]}/{self._name}".lstrip("/") if self._places else self._name
-        self._name = ""
-        if bracket == b"{" and place in MEMBER_PLACES and (place or not self._places):
-            self._places.append(place)
-        else:
-            self._unread = 1
-
-    def _take(self, value: Union[int, str]) -> None:
-        if self._name in MEMBER_NAMES and self._places:
-            self.found[f"{self._places[-1]}/{self._name}".lstrip("/")] = value
-        self._name = ""
+    def _pass(self, data: bytes) -> bytes:
+        """Count the brackets outside strings; return what has to stand before the next piece if a string is cut."""
+        last = next(iter(collections.deque(JSON_STRING.finditer(data), maxlen=1)), None)
+        outside = JSON_STRING.sub(b"", data)
+        self._depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
+        if last is None or last.group(1):
+            return b""
+        begun = last.group()
+        if len(begun) > 16:  # no name of a member: only that it is open matters, and an escape that is cut
+            begun = b'"...' + b"\\" * ((len(begun) - len(begun.rstrip(b"\\"))) % 2)
+        return begun
 
 
 class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
-    tokens has what USAGE_NAMES names, as far as the answer says it.  error is the code of a response.failed, an error
-    event or an error object.  is_complete: the last event of a response has passed.
+    feed() takes what came, finish() says that nothing follows.  tokens is what the answer says of USAGE_PATHS, error
+    the code of a response.failed, an error event or an error object; is_complete: a response's last event has passed.
     """
 
     def __init__(self, is_events: bool) -> None:
@@ -1957,51 +1941,82 @@ class UsageReader:
         self.error: Optional[str] = None
         self.is_complete = False
         self._is_events = is_events
-        self._members = None if is_events else MemberReader()  # of the line that is read, or of the whole body
-        self._line = b""  # the beginning of a line whose end has not come
+        self._held = b""  # the beginning of a line, or of the one object
+        self._long: Optional[LongJson] = None  # reads what has become too long for that
+        self._kind = ""  # the type of the event that it reads
 
     def feed(self, data: bytes) -> None:
-        """Look at what came.  In an event stream only a line with one of two words is looked at more closely."""
-        if self._line:
-            data, self._line = self._line + data, b""
-        while data:
-            if self._members:
-                data = self._read_on(data, self._members)
-                continue
-            begin = data.rfind(b"\n") + 1  # of a line that goes on in the next read
-            if data.rfind(b'"usage"') >= 0 or data.rfind(b'"error"') >= 0:  # rfind: "in" takes three times as long
-                begin = data.rfind(b"\n", 0, min(data.find(word) % MAX_INDEX for word in (b'"usage"', b'"error"'))) + 1
-            elif len(data) - begin <= MAX_LINE_BYTES:
-                self._line = data[begin:]
-                return
-            self._members, data = MemberReader(), data[begin:]
+        if self._held:
+            data, self._held = self._held + data, b""
+        if self._is_events:
+            data = self._read_lines(data)
+        if self._long is None and len(data) > SHORT_JSON_BYTES:
+            self._long = LongJson(2 if self._is_events else 1)
+            kind = EVENT_TYPE.search(data[:KIB])
+            self._kind = kind.group(1).decode() if kind else ""
+        if self._long:
+            self._long.feed(data)
+        else:
+            self._held = data
 
-    def _read_on(self, data: bytes, members: MemberReader) -> bytes:
-        """Read to the end of the line, or of the data; return what follows."""
-        end = data.find(b"\n") if self._is_events else -1
-        members.feed(data if end < 0 else data[:end])
-        self._note(members.found)
-        if end < 0:
-            return b""
-        self._members = None
-        return data[end + 1 :]
+    def finish(self) -> None:
+        if self._long:
+            self._note(self._kind, self._long.found)
+        elif not self._is_events:
+            self._read(self._held)
+        self._long, self._held = None, b""
 
-    def _note(self, found: Mapping[str, Union[int, str]]) -> None:
-        kind = found.get("type")
-        self.is_complete = self.is_complete or kind in TERMINAL_EVENTS
-        inside = "response/" if isinstance(kind, str) and kind.startswith("response.") else ""
-        for name, paths in USAGE_NAMES.items():
-            for path in paths:
-                value = found.get(f"{inside}usage/{path}")
-                if isinstance(value, int):
-                    self.tokens[name] = value
-        code = found.get(f"{inside}error/code") or found.get(f"{inside}error/type")
-        if kind == "error":
-            code = found.get("code") or code or kind
-        elif kind == "response.failed":
-            code = code or kind
-        if code:
-            self.error = str(code)[:100]
+    def _read_lines(self, data: bytes) -> bytes:
+        """Read the lines that are complete; return the beginning of one that is not."""
+        if self._long:
+            end = data.find(b"\n")
+            if end < 0:
+                return data
+            self._long.feed(data[:end])
+            self._note(self._kind, self._long.found)
+            self._long, data = None, data[end + 1 :]
+        begin = data.rfind(b"\n") + 1
+        for word in TELLING:
+            if data.rfind(word, 0, begin) >= 0:  # rfind takes a third of the time of find or "in"
+                for line in data[:begin].split(b"\n"):
+                    if is_telling(line):
+                        self._read(line.partition(b":")[2])
+                break
+        return data[begin:]
+
+    def _read(self, text: bytes) -> None:
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(text)
+            if isinstance(event, dict):
+                kind, inner = event.get("type"), event.get("response")
+                if kind == "error" and isinstance(event.get("code"), str):
+                    inner = {"error": event}
+                self._note(kind, inner if isinstance(inner, dict) else event)
+
+    def _note(self, kind: Any, members: Mapping[str, Any]) -> None:
+        # Of a long event the type may not have been seen: only the last one carries a usage.
+        self.is_complete = self.is_complete or kind in TERMINAL_EVENTS or isinstance(members.get("usage"), dict)
+        for name, path in USAGE_PATHS:
+            value = members.get("usage")
+            for step in path:
+                value = value.get(step) if isinstance(value, dict) else None
+            if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
+                self.tokens[name] = value
+        error = members.get("error")
+        if isinstance(error, dict) or kind in ("error", "response.failed"):
+            error = error if isinstance(error, dict) else {}
+            self.error = str(error.get("code") or error.get("type") or kind)[:100]
+
+
+def is_telling(line: bytes) -> bool:
+    """Say whether *line* has more than null behind one of the words; less work than to read its JSON in vain."""
+    for word in TELLING:
+        place = line.find(word)
+        while place >= 0:
+            if TOLD.match(line, place + len(word)):
+                return True
+            place = line.find(word, place + 1)
+    return False
 
 
 class Prefix(NamedTuple):
@@ -2182,7 +2197,7 @@ class Tally:
             self._list(self.errors, record, now, ("id", "status", "error", "route", "model", "provider", "target"))
         if not provider:
             return
-        for name in USAGE_NAMES:
+        for name in ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens"):
             if record[name] is not None:
                 self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), record[name])
         if record["ttfb_ms"] is not None:
@@ -4292,6 +4307,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""
         record, session, target = exchange.record, exchange.session.value, exchange.target
+        usage.finish()
         record.update(usage.tokens)
         if usage.error:
             exchange.fail(usage.error)

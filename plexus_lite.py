@@ -278,16 +278,13 @@ class ConfigError(Exception):
 APIS: Final = ("responses", "chat")
 Check = Callable[[Any, str], Any]
 T = TypeVar("T")
-REQUIRED: Final = object()
+REQUIRED: Final = dataclasses.MISSING
 SECRET: Final = {"repr": False}  # kept out of every repr, and so out of every traceback
 
 
 def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
     """Return a dataclass field that is also a row of the configuration reference."""
-    options["metadata"] = {"check": check, "text": text}
-    if default is not REQUIRED and default is not dataclasses.MISSING:
-        options["default"] = default
-    return dataclasses.field(**options)
+    return dataclasses.field(default=default, metadata={"check": check, "text": text}, **options)
 
 
 def describe(value: object) -> str:
@@ -303,43 +300,26 @@ def wrong(path: str, wanted: str, value: object) -> ConfigError:
     return ConfigError(path, f"expected {wanted}, found {describe(value)}")
 
 
-def a_string(value: Any, path: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise wrong(path, "a non-empty string", value)
-    return value
-
-
-def a_secret(value: Any, path: str) -> str:
-    """Credentials travel in header fields: visible ASCII only.  Errors never show the value."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ConfigError(path, "expected a non-empty string of visible ASCII characters")
-    if value.startswith("file:"):  # sent as it is, it would be a wrong key with a path in it
-        raise ConfigError(path, "secrets in files are not read by this version; name an environment variable: ${NAME}")
-    return value
-
-
-def a_flag(value: Any, path: str) -> bool:
-    if not isinstance(value, bool):
-        raise wrong(path, "true or false", value)
-    return value
-
-
-def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
-    """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
+def expect(wanted: str, holds: Callable[[Any], bool]) -> Check:
+    """Return a check that lets pass, as it is, what *holds* is true of."""
 
     def check(value: Any, path: str) -> Any:
-        kinds = int if integer else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not minimum <= value <= maximum:
-            raise wrong(path, f"a{' whole' if integer else ''} number from {minimum:g} to {maximum:g}", value)
+        if not holds(value):
+            raise wrong(path, wanted, value)
         return value
 
     return check
 
 
-a_time: Final = a_number(0.001, 86400)
-a_time_or_0: Final = a_number(0, 86400)
-a_size: Final = a_number(1024, 2**40, integer=True)
-a_price: Final = a_number(0, 10**6)
+def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
+    """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
+    kinds = (int,) if integer else (int, float)
+    wanted = f"a{' whole' if integer else ''} number from {minimum:g} to {maximum:g}"
+    return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
+
+
+def one_of(*allowed: str) -> Check:
+    return expect(" or ".join(json.dumps(item) for item in allowed), lambda value: value in allowed)
 
 
 def a_list(check: Check, wanted: str) -> Check:
@@ -351,20 +331,29 @@ def a_list(check: Check, wanted: str) -> Check:
     return check_list
 
 
-def one_of(*allowed: str) -> Check:
-    def check(value: Any, path: str) -> str:
-        if value not in allowed:
-            raise wrong(path, " or ".join(json.dumps(item) for item in allowed), value)
-        return str(value)
+a_string: Final = expect("a non-empty string", lambda value: isinstance(value, str) and value != "")
+a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
+a_time: Final = a_number(0.001, 86400)
+a_time_or_0: Final = a_number(0, 86400)
+a_size: Final = a_number(1024, 2**40, integer=True)
+a_price: Final = a_number(0, 10**6)
+model_names: Final = a_list(a_string, "a list of model names")
 
-    return check
+
+def a_secret(value: Any, path: str) -> str:
+    """Credentials travel in header fields: visible ASCII only.  Errors never show the value."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ConfigError(path, "expected a non-empty string of visible ASCII characters")
+    if value.startswith("file:"):  # sent as it is, it would be a wrong key with a path in it
+        raise ConfigError(path, "secrets in files are not read by this version; name an environment variable: ${NAME}")
+    return value
 
 
 def a_worker_count(value: Any, path: str) -> int:
     """Return the number of processes, 0 for "auto"."""
     if value == "auto":
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 256:
+    if type(value) is not int or not 1 <= value <= 256:
         raise wrong(path, 'a whole number from 1 to 256, or "auto"', value)
     return value
 
@@ -396,20 +385,30 @@ def a_base_url(value: Any, path: str) -> str:
     if value == "demo://":
         return "demo://"
     problem = wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value)
-    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
         raise problem
     try:
         parts = urllib.parse.urlsplit(value)
         if "[" in parts.netloc:
             ipaddress.IPv6Address(parts.hostname or "")  # before 3.11 urlsplit takes anything between brackets
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if not parts.hostname or parts.port == 0:
+            raise problem
     except ValueError:  # the port is looked at only when it is asked for
         raise problem from None
-    if not usable:
-        raise problem
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
     return value.rstrip("/")
+
+
+def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
+    """Return *value* if it is an object with no keys but the *allowed* ones."""
+    if not isinstance(value, dict):
+        raise wrong(path, "an object", value)
+    for key in value:
+        if key not in allowed:
+            where = f"{path}.{key}" if path else str(key)
+            raise ConfigError(where, f"unknown key; allowed: {', '.join(sorted(allowed))}")
+    return value
 
 
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
@@ -436,30 +435,14 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
 def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        names = a_list(a_string, "a list of model names")(value, path)
-        return {name: frozenset(("responses", "chat")) for name in names}
+        return {name: frozenset(APIS) for name in model_names(value, path)}
     if not isinstance(value, dict):
         raise wrong(path, "a list of model names, or an object", value)
     table = {}
     for name, entry in value.items():
-        where = f"{path}.{name}"
-        check_object(entry, where, ("access_via",))
-        access = a_list(one_of("responses", "chat"), "a list of APIs")(
-            entry.get("access_via", ["responses", "chat"]), where + ".access_via"
-        )
-        table[name] = frozenset(access)
+        access = check_object(entry, f"{path}.{name}", ("access_via",)).get("access_via", list(APIS))
+        table[name] = frozenset(a_list(one_of(*APIS), "a list of APIs")(access, f"{path}.{name}.access_via"))
     return table
-
-
-def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
-    """Return *value* if it is an object with no keys but the *allowed* ones."""
-    if not isinstance(value, dict):
-        raise wrong(path, "an object", value)
-    for key in value:
-        if key not in allowed:
-            where = f"{path}.{key}" if path else str(key)
-            raise ConfigError(where, f"unknown key; allowed: {', '.join(sorted(allowed))}")
-    return value
 
 
 def parse_object(cls: Type[T], value: Any, path: str) -> T:
@@ -491,9 +474,6 @@ def a_table(cls: Type[T]) -> Check:
         return {name: parse_object(cls, entry, f"{path}.{name}") for name, entry in value.items()}
 
     return check
-
-
-model_names: Final = a_list(a_string, "a list of model names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -641,9 +621,8 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
         if default is not None:
             return variables.get(name) or default
         if name not in variables:
-            raise ConfigError(
-                path, f"the environment variable {name} is not set (${{{name}:-default}} gives a default)"
-            )
+            remedy = f"${{{name}:-default}} gives a default"
+            raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
         return variables[name]
 
     return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value)
@@ -723,16 +702,12 @@ def check_aliases(config: Config) -> None:
         for index, target in enumerate(alias.targets):
             where = f"models.{name}.targets[{index}]"
             if target.provider not in config.providers:
-                raise ConfigError(
-                    f"{where}.provider",
-                    f"no such provider: {target.provider}; there are: {', '.join(sorted(config.providers))}",
-                )
+                known = ", ".join(sorted(config.providers))
+                raise ConfigError(f"{where}.provider", f"no such provider: {target.provider}; there are: {known}")
             models = config.providers[target.provider].models
             if target.model not in models and "*" not in models:
-                raise ConfigError(
-                    f"{where}.model",
-                    f"{target.provider} has no model {target.model}; it has: {', '.join(sorted(models))}",
-                )
+                known = ", ".join(sorted(models))
+                raise ConfigError(f"{where}.model", f"{target.provider} has no model {target.model}; it has: {known}")
         if not alias.targets:
             raise ConfigError(f"models.{name}.targets", "expected at least one target")
 
@@ -760,10 +735,8 @@ def parse_config(value: Any) -> Config:
     check_aliases(config)
     check_keys(config)
     if not config.keys and not config.allow_anonymous and not is_loopback(config.host):
-        raise ConfigError(
-            "host",
-            f"{config.host} is not a loopback address and there are no keys: set keys, or allow_anonymous to true",
-        )
+        remedy = "set keys, or allow_anonymous to true"
+        raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
     return config
 
 

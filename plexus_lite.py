@@ -411,25 +411,24 @@ def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any
     return value
 
 
-def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
-    """Return the replicas for each API; a bare string or list is for Responses."""
-    if isinstance(value, dict):
-        table = {}
-        for api, urls in value.items():
-            if api not in ("responses", "chat"):
-                raise ConfigError(f"{path}.{api}", "unknown key; allowed: chat, responses")
-            table[api] = base_urls(urls, f"{path}.{api}")["responses"]
-        if not table:
-            raise ConfigError(path, "expected at least one of: chat, responses")
-        return table
+def replica_urls(value: Any, path: str, wanted: str = "a base URL or a list of them") -> Tuple[str, ...]:
     if isinstance(value, str):
-        return {"responses": (a_base_url(value, path),)}
-    urls = a_list(a_base_url, "a base URL, a list of them, or an object")(value, path)
+        return (a_base_url(value, path),)
+    urls: Tuple[str, ...] = a_list(a_base_url, wanted)(value, path)
     if not urls:
         raise ConfigError(path, "expected at least one base URL")
     if len(set(urls)) != len(urls):
         raise ConfigError(path, "the same base URL stands twice")
-    return {"responses": urls}
+    return urls
+
+
+def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
+    """Return the replicas for each API; a bare string or list is for Responses."""
+    if not isinstance(value, dict):
+        return {"responses": replica_urls(value, path, "a base URL, a list of them, or an object")}
+    if not check_object(value, path, APIS):
+        raise ConfigError(path, "expected at least one of: chat, responses")
+    return {api: replica_urls(urls, f"{path}.{api}") for api, urls in value.items()}
 
 
 def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:

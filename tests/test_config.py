@@ -483,6 +483,12 @@ class BaseUrls(ConfigTest):
         twice = document(("providers", "up"), api_base_url=["http://a/v1", "http://a/v1/"])
         self.assertRefused(twice, "providers.up.api_base_url: ", "twice")
 
+    def test_apis_do_not_nest(self):
+        for urls in ({"responses": {"chat": "http://a"}}, {"chat": {"responses": "http://a"}}):
+            with self.subTest(urls):
+                value = document(("providers", "up"), api_base_url=urls)
+                self.assertRefused(value, f"providers.up.api_base_url.{next(iter(urls))}: ", "found an object")
+
     def test_the_demo_upstream_speaks_one_api(self):
         value = document(("providers", "up"), api_base_url={"responses": "demo://", "chat": "demo://"})
         self.assertRefused(value, "providers.up.api_base_url.chat: ", "demo://")

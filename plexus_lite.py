@@ -4573,9 +4573,8 @@ class DemoBackend:
     SHARDS: Final = 16
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects _shards and _responses
         self._shards = [Remembered(1000) for _ in range(self.SHARDS)]
-        self._responses = Remembered(100)
+        self.responses = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
         """Return a socket on which the demo upstream answers; a thread serves it until that socket is closed."""
@@ -4587,97 +4586,72 @@ class DemoBackend:
         with sock, contextlib.suppress(OSError):
             DemoHandler(sock, ("demo", 0), self)  # type: ignore[arg-type]
 
-    def shard_of(self, session: Optional[str]) -> int:
-        if session is None:
-            return random.randrange(self.SHARDS)
-        return int(text_digest(session), 16) % self.SHARDS
-
-    def count_tokens(self, shard: int, request: Mapping[str, Any]) -> Tuple[int, int]:
-        """Return input tokens and how many of them *shard* has cached, and let it cache the rest."""
-        items = request.get("input")
+    def read_prompt(self, session: Optional[str], request: Mapping[str, Any]) -> Tuple[int, int, int]:
+        """Return the shard that *session* leads to, the input tokens, and how many the shard has cached of them; it
+        caches the rest."""
+        number = random.randrange(self.SHARDS) if session is None else int(text_digest(session), 16) % self.SHARDS
+        shard, items = self._shards[number], request.get("input")
         prefix = json.dumps([request.get("model"), request.get("instructions"), request.get("tools")])
         digest, total, cached = "", 0, 0
         for item in items if isinstance(items, list) and items else [items]:
             text, prefix = prefix + json.dumps(item), ""
             total += max(1, len(text) // 4)
             digest = text_digest(digest + text)
-            if self._shards[shard].get(digest, 0.0):
+            if shard.get(digest, 0.0):
                 cached = total
-            self._shards[shard].put(digest, "seen", 0.0)
-        return total, cached
-
-    def remember(self, response: Mapping[str, Any]) -> None:
-        self._responses.put(response["id"], json.dumps(response), 0.0)
-
-    def recall(self, response_id: str) -> Optional[str]:
-        return self._responses.get(response_id, 0.0)
-
-    def forget(self, response_id: str) -> None:
-        self._responses.forget(response_id)
+            shard.put(digest, "seen", 0.0)
+        return number, total, cached
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoBackend  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
-    SEEN: Final = ("session_id", "session-id", "x-client-request-id")
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
-        stored = self.server.recall(self.path.rpartition("/")[2])
+        stored = self.server.responses.get(self.path.rpartition("/")[2], 0.0)
         if stored is None:
-            self._send_json(404, {"error": {"message": "no such response", "type": "invalid_request_error"}})
+            self._send_json({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
         else:
-            self._send_json(200, json.loads(stored))
+            self._send_json(json.loads(stored))
 
     def do_DELETE(self) -> None:
         response_id = self.path.rpartition("/")[2]
-        self.server.forget(response_id)
-        self._send_json(200, {"id": response_id, "object": "response", "deleted": True})
+        self.server.responses.forget(response_id)
+        self._send_json({"id": response_id, "object": "response", "deleted": True})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding"):
-            return self._send_json(
-                415, {"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}
-            )
-        request = json.loads(body)
-        shard = self.server.shard_of(self.headers.get("session_id") or self.headers.get("session-id"))
-        total, cached = self.server.count_tokens(shard, request)
-        path = self.path.partition("?")[0]
+            problem = {"message": "the demo reads plain JSON", "type": "invalid_request_error"}
+            return self._send_json({"error": problem}, 415)
+        request, path = json.loads(body), self.path.partition("?")[0]
+        session = self.headers.get("session_id") or self.headers.get("session-id")
+        shard, total, cached = self.server.read_prompt(session, request)
         if path.endswith("/input_tokens"):
-            return self._send_json(200, {"object": "response.input_tokens", "input_tokens": total})
-        seen = ", ".join(f"{name}: {self.headers.get(name) or '(none)'}" for name in self.SEEN)
+            return self._send_json({"object": "response.input_tokens", "input_tokens": total})
+        names = ("session_id", "session-id", "x-client-request-id")
+        seen = ", ".join(f"{name}: {self.headers.get(name) or '(none)'}" for name in names)
         text = f"Hello from shard {shard}. I saw {seen}. {cached} of {total} input tokens were cached."
-        response = self._response(request, text, total, cached)
+        response = self._response(request.get("model"), text, total, cached)
         if path.endswith("/compact"):
-            response["object"] = "response.compaction"
-            return self._send_json(200, response)
-        self.server.remember(response)
+            return self._send_json({**response, "object": "response.compaction"})
+        self.server.responses.put(response["id"], json.dumps(response), 0.0)
         if request.get("stream"):
             return self._stream(response, text)
-        return self._send_json(200, response)
+        return self._send_json(response)
 
-    def _response(self, request: Mapping[str, Any], text: str, total: int, cached: int) -> Dict[str, Any]:
+    def _response(self, model: Any, text: str, total: int, cached: int) -> Dict[str, Any]:
         words = len(text.split())
-        part = {"type": "output_text", "text": text, "annotations": []}
-        message = {"id": "msg_" + secrets.token_hex(16), "type": "message", "role": "assistant", "content": [part]}
-        return {
-            "id": "resp_" + secrets.token_hex(16),
-            "object": "response",
-            "created_at": int(time.time()),
-            "status": "completed",
-            "model": request.get("model"),
-            "output": [{**message, "status": "completed"}],
-            "usage": {
-                "input_tokens": total,
-                "input_tokens_details": {"cached_tokens": cached},
-                "output_tokens": words,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": total + words,
-            },
-        }
+        item = {"id": "msg_" + secrets.token_hex(16), "type": "message", "role": "assistant"}
+        content = [{"type": "output_text", "text": text, "annotations": []}]
+        usage = {"input_tokens": total, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": words}
+        usage.update(output_tokens_details={"reasoning_tokens": 0}, total_tokens=total + words)
+        response = {"id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time())}
+        output = [{**item, "content": content, "status": "completed"}]
+        return {**response, "status": "completed", "model": model, "output": output, "usage": usage}
 
     def _stream(self, response: Dict[str, Any], text: str) -> None:
         """Send the event sequence of the real API, a word at a time."""
@@ -4690,28 +4664,25 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         part = item["content"][0]
         where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
         events: List[Tuple[str, Dict[str, Any]]] = [
-            ("response.created", {"response": begun}),
-            ("response.in_progress", {"response": begun}),
-            (
-                "response.output_item.added",
-                {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
-            ),
-            ("response.content_part.added", {**where, "part": {**part, "text": ""}}),
-            *(("response.output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", text)),
-            ("response.output_text.done", {**where, "text": text}),
-            ("response.content_part.done", {**where, "part": part}),
-            ("response.output_item.done", {"output_index": 0, "item": item}),
-            ("response.completed", {"response": response}),
+            ("created", {"response": begun}),
+            ("in_progress", {"response": begun}),
+            ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+            ("content_part.added", {**where, "part": {**part, "text": ""}}),
+            *(("output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", text)),
+            ("output_text.done", {**where, "text": text}),
+            ("content_part.done", {**where, "part": part}),
+            ("output_item.done", {"output_index": 0, "item": item}),
+            ("completed", {"response": response}),
         ]
-        for number, (kind, data) in enumerate(events):
-            payload = json.dumps({"type": kind, "sequence_number": number, **data})
-            event = f"event: {kind}\ndata: {payload}\n\n".encode()
+        for number, (name, data) in enumerate(events):
+            payload = json.dumps({"type": f"response.{name}", "sequence_number": number, **data})
+            event = f"event: response.{name}\ndata: {payload}\n\n".encode()
             self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
-            if kind == "response.output_text.delta":
+            if name == "output_text.delta":
                 time.sleep(0.01)  # so that a person sees it stream
         self.wfile.write(b"0\r\n\r\n")
 
-    def _send_json(self, status: int, value: Any) -> None:
+    def _send_json(self, value: Any, status: int = 200) -> None:
         body = render_json(value)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

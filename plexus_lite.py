@@ -846,26 +846,22 @@ def find_head_end(data: bytes, limit: int) -> int:
     head = data if end < 0 else data[: end + 4]
     if head[:1] == b"\x16":
         raise MalformedHTTP("this is a TLS handshake on a plain HTTP port; use http:// in the base URL")
+    if len(head) > REQUEST_LINE_BYTES and b"\r\n" not in head[: REQUEST_LINE_BYTES + 2]:
+        raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
     if len(head) > limit:
-        if b"\r\n" not in head[:REQUEST_LINE_BYTES]:
-            raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
         raise ProxyError("headers_too_large", f"the header section is larger than limits.max_header_bytes ({limit})")
     if has_bare_line_end(head):
         raise MalformedHTTP("a line ends in something else than CRLF")
-    if end < 0:
-        line, complete, _ = head.partition(b"\r\n")
-        if len(line) > REQUEST_LINE_BYTES:
-            raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
-        if complete:
-            read_request_line(line)
-        return -1
-    return end + 4
+    if end >= 0:
+        return end + 4
+    line, complete, _ = head.partition(b"\r\n")
+    if complete:
+        read_request_line(line)
+    return -1
 
 
 def read_request_line(line: bytes) -> Tuple[str, str, int]:
     """Return method, target and minor version (RFC 9112 3)."""
-    if len(line) > REQUEST_LINE_BYTES:
-        raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
     found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise MalformedHTTP("the request line is not: method SP target SP HTTP/1.1")

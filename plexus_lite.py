@@ -192,7 +192,6 @@ EXIT_CANNOT_LISTEN: Final = 3
 # code: (status, OpenAI's type, whether the connection closes because it can no longer be in step)
 ERRORS: Final[Mapping[str, Tuple[int, str, bool]]] = {
     "invalid_request": (400, "invalid_request_error", False),
-    "malformed_http": (400, "invalid_request_error", True),  # shown to clients as invalid_request
     "invalid_json": (400, "invalid_request_error", False),
     "invalid_header": (400, "invalid_request_error", True),
     "invalid_api_key": (401, "authentication_error", False),
@@ -228,7 +227,7 @@ class ProxyError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.kind, self.closes = ERRORS[code]
-        self.code = "invalid_request" if code == "malformed_http" else code
+        self.code = code
         self.message = message
         self.param = param
         self.fields = tuple(fields)
@@ -239,8 +238,9 @@ class ProxyError(Exception):
 class MalformedHTTP(ProxyError):
     """Bytes that two parsers could read differently, from either side."""
 
-    def __init__(self, message: str, code: str = "malformed_http") -> None:
+    def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(code, message)
+        self.closes = True
 
 
 class UpstreamError(ProxyError):

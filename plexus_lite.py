@@ -673,16 +673,13 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
 def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
     """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
     if models is None:
-        found = [
-            Target(provider, url, "")
-            for provider in config.providers.values()
-            if provider.enabled
-            for url in provider.api_base_url.get("responses", ())
-        ]
+        enabled = [provider for provider in config.providers.values() if provider.enabled]
+        found = [(provider, url) for provider in enabled for url in provider.api_base_url.get("responses", ())]
     else:
-        reachable = [target for name in models for target in targets_of(config, name, "responses")]
-        found = [Target(target.provider, target.base_url, "") for target in reachable]
-    return tuple({target.id: target for target in found}.values())
+        targets = [target for name in models for target in targets_of(config, name, "responses")]
+        found = [(target.provider, target.base_url) for target in targets]
+    places = [Target(provider, url, "") for provider, url in found]
+    return tuple({place.id: place for place in places}.values())
 
 
 def replicas(provider: Provider, model: str, api: str, weight: float = 1, group: int = 1) -> Tuple[Target, ...]:
@@ -695,7 +692,7 @@ def replicas(provider: Provider, model: str, api: str, weight: float = 1, group:
 def check_aliases(config: Config) -> None:
     """Refuse aliases that lead nowhere, and what the demo upstream does not speak."""
     for name, provider in config.providers.items():
-        if any(url == "demo://" for url in provider.api_base_url.get("chat", ())):
+        if "demo://" in provider.api_base_url.get("chat", ()):
             raise ConfigError(f"providers.{name}.api_base_url.chat", "demo:// speaks the Responses API only")
     for name, alias in config.models.items():
         for index, target in enumerate(alias.targets):

@@ -1115,9 +1115,8 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     try:
         text = str(raw, "utf-8")
     except UnicodeDecodeError as error:
-        raise ProxyError(
-            "invalid_json", f"the body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
-        ) from None
+        where = f"byte {error.start} is {raw[error.start]:#04x}"
+        raise ProxyError("invalid_json", f"the body is not UTF-8: {where}") from None
     members: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
     decode = JSON_DECODER.raw_decode
@@ -1146,15 +1145,14 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
             more = comma.group(1) == ","
         if position != len(text):
             raise json.JSONDecodeError("expected nothing after the object", text, position)
+        return JsonBody(text, members, spans)
     except json.JSONDecodeError as error:
-        raise ProxyError(
-            "invalid_json", f"the body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-        ) from None
+        problem = f"{error.msg} at line {error.lineno} column {error.colno}"
     except RecursionError:
-        raise ProxyError("invalid_json", "the body is not valid JSON: nested too deeply") from None
+        problem = "nested too deeply"
     except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
-        raise ProxyError("invalid_json", f"the body is not valid JSON: {error}") from None
-    return JsonBody(text, members, spans)
+        problem = str(error)
+    raise ProxyError("invalid_json", f"the body is not valid JSON: {problem}")
 
 
 def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> Union[bytes, bytearray, None]:

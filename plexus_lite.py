@@ -1213,23 +1213,20 @@ class Route(NamedTuple):
 
 ID: Final = r"(?P<id>[A-Za-z0-9_-]{1,200})"
 # pattern of the path behind the prefix, its name in logs, method to action, api
-ROUTES: Final = tuple(
-    (re.compile(pattern), name, actions, api)
-    for pattern, name, actions, api in (
-        (r"/responses", "/responses", {"POST": "forward"}, "responses"),
-        (r"/responses/compact", "/responses/compact", {"POST": "forward"}, "responses"),
-        (r"/responses/input_tokens", "/responses/input_tokens", {"POST": "forward"}, "responses"),
-        (rf"/responses/{ID}", "/responses/{id}", {"GET": "stored", "DELETE": "stored"}, "responses"),
-        (rf"/responses/{ID}/cancel", "/responses/{id}/cancel", {"POST": "stored"}, "responses"),
-        (rf"/responses/{ID}/input_items", "/responses/{id}/input_items", {"GET": "stored"}, "responses"),
-        (r"/chat/completions", "/chat/completions", {"POST": "forward"}, "chat"),
-        (r"/models", "/models", {"GET": "models", "HEAD": "models"}, "responses"),
-        (r"/models/(?P<id>.+)", "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
-        (r"/health", "/health", {"GET": "health", "HEAD": "health"}, "responses"),
-        (r"/metrics", "/metrics", {"GET": "metrics", "HEAD": "metrics"}, "responses"),
-        (r"/status", "/status", {"GET": "status", "POST": "ticket"}, "responses"),
-        (r"/", "/", {"GET": "page", "HEAD": "page"}, "responses"),
-    )
+ROUTES: Final = (
+    (re.compile(r"/responses"), "/responses", {"POST": "forward"}, "responses"),
+    (re.compile(r"/responses/compact"), "/responses/compact", {"POST": "forward"}, "responses"),
+    (re.compile(r"/responses/input_tokens"), "/responses/input_tokens", {"POST": "forward"}, "responses"),
+    (re.compile(rf"/responses/{ID}"), "/responses/{id}", {"GET": "stored", "DELETE": "stored"}, "responses"),
+    (re.compile(rf"/responses/{ID}/cancel"), "/responses/{id}/cancel", {"POST": "stored"}, "responses"),
+    (re.compile(rf"/responses/{ID}/input_items"), "/responses/{id}/input_items", {"GET": "stored"}, "responses"),
+    (re.compile(r"/chat/completions"), "/chat/completions", {"POST": "forward"}, "chat"),
+    (re.compile(r"/models"), "/models", {"GET": "models", "HEAD": "models"}, "responses"),
+    (re.compile(r"/models/(?P<id>.+)"), "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
+    (re.compile(r"/health"), "/health", {"GET": "health", "HEAD": "health"}, "responses"),
+    (re.compile(r"/metrics"), "/metrics", {"GET": "metrics", "HEAD": "metrics"}, "responses"),
+    (re.compile(r"/status"), "/status", {"GET": "status", "POST": "ticket"}, "responses"),
+    (re.compile(r"/"), "/", {"GET": "page", "HEAD": "page"}, "responses"),
 )
 
 
@@ -1246,9 +1243,8 @@ def route_of(head: RequestHead) -> Route:
         if head.method in actions:
             return Route(name, path, actions[head.method], api, found.groupdict().get("id", ""))
         allowed = ", ".join(actions)
-        raise ProxyError(
-            "method_not_allowed", f"{name} knows {allowed}, not {head.method}", fields=[("Allow", allowed)]
-        )
+        message = f"{name} knows {allowed}, not {head.method}"
+        raise ProxyError("method_not_allowed", message, fields=[("Allow", allowed)])
     known = ", ".join(name for _, name, _, _ in ROUTES)
     raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}")
 
@@ -1264,23 +1260,17 @@ def check_origin(head: RequestHead, config: Config) -> None:
     names = {name.lower() for name in config.hosts}
 
     def is_ours(authority: str) -> bool:
-        host = authority[: authority.rfind(":")] if re.search(r":[0-9]*$", authority) else authority
-        return AUTHORITY.fullmatch(authority) is not None and (is_loopback(host) or host.lower() in names)
+        found = AUTHORITY.fullmatch(authority)
+        return found is not None and (is_loopback(found.group(1)) or found.group(1).lower() in names)
 
-    for origin in head.headers.all("origin"):
-        if not is_ours(origin.partition("://")[2]):
-            raise ProxyError(
-                "forbidden_origin", "web pages of other sites may not use this proxy; configure keys to allow it"
-            )
-    if "cross-site" in head.headers.tokens("sec-fetch-site"):
-        raise ProxyError(
-            "forbidden_origin", "web pages of other sites may not use this proxy; configure keys to allow it"
-        )
+    origins = [origin.partition("://")[2] for origin in head.headers.all("origin")]
+    if not all(map(is_ours, origins)) or "cross-site" in head.headers.tokens("sec-fetch-site"):
+        message = "web pages of other sites may not use this proxy; configure keys to allow it"
+        raise ProxyError("forbidden_origin", message)
     guarded = is_loopback(config.host) or names
     if guarded and head.authority is not None and not is_ours(head.authority):
-        raise ProxyError(
-            "forbidden_origin", f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
-        )
+        message = f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
+        raise ProxyError("forbidden_origin", message)
 
 
 class Identity(NamedTuple):

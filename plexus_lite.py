@@ -1679,9 +1679,8 @@ class Fleet:
     def __init__(self) -> None:
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
-        self._load_lock = threading.Lock()  # protects _open
-        self._open: Dict[str, int] = {}
-        self._health_lock = threading.Lock()  # protects _failures and _cooldowns
+        self._lock = threading.Lock()  # protects the three below
+        self._open: Dict[str, int] = {}  # target id -> requests
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
         self._cooldowns: Dict[str, int] = {}  # provider -> how often one of its targets began to cool
 
@@ -1689,9 +1688,8 @@ class Fleet:
         self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
         ids = [target.id for target in targets]
-        with self._load_lock:
+        with self._lock:
             open_requests = {name: self._open.get(name, 0) for name in ids}
-        with self._health_lock:
             cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
@@ -1719,20 +1717,18 @@ class Fleet:
             self.pins.forget(place.session)
 
     def opened(self, target: Target) -> None:
-        with self._load_lock:
+        with self._lock:
             self._open[target.id] = self._open.get(target.id, 0) + 1
 
     def closed(self, target: Target) -> None:
-        with self._load_lock:
-            left = self._open.get(target.id, 0) - 1
+        with self._lock:
+            left = self._open.pop(target.id, 0) - 1
             if left > 0:
                 self._open[target.id] = left
-            else:
-                self._open.pop(target.id, None)
 
     def failed(self, target: Target, now: float, retry_after: Optional[float] = None) -> None:
         """*target* failed at *now* (monotonic): let it cool down.  What fails while it cools is the same failure."""
-        with self._health_lock:
+        with self._lock:
             failures, until = self._failures.pop(target.id, (0, now))
             if until <= now:
                 failures += 1
@@ -1742,16 +1738,16 @@ class Fleet:
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
-        with self._health_lock:
+        with self._lock:
             self._failures.pop(target.id, None)
 
     def resting(self, now: float) -> Dict[str, float]:
         """Return how many seconds each target that cools down still rests, by its id."""
-        with self._health_lock:
+        with self._lock:
             return {name: until - now for name, (_, until) in self._failures.items() if until > now}
 
     def cooldowns(self) -> Dict[str, int]:
-        with self._health_lock:
+        with self._lock:
             return dict(self._cooldowns)
 
 

@@ -183,11 +183,9 @@ EXIT_CHECK_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_CANNOT_LISTEN: Final = 3
 
-
 # ---------------------------------------------------------------------------
 # 2  Errors -- ProxyError and its kinds, ConfigError.  Nothing but names, statuses and codes.
 # ---------------------------------------------------------------------------
-
 
 # code: (status, OpenAI's type, whether the connection closes because it can no longer be in step)
 ERRORS: Final[Mapping[str, Tuple[int, str, bool]]] = {

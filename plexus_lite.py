@@ -627,11 +627,8 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
 
 def model_list(config: Config) -> List[str]:
     """Return the names a client may use, in the order of the file; not "*", which stands for names unknown here."""
-    names = dict.fromkeys(config.models)
-    for provider in config.providers.values():
-        if provider.enabled:
-            names.update(dict.fromkeys(name for name in provider.models if name != "*"))
-    return [name for name in names if is_served(config, name)]
+    named = [name for provider in config.providers.values() if provider.enabled for name in provider.models]
+    return [name for name in dict.fromkeys([*config.models, *named]) if is_served(config, name)]
 
 
 def is_served(config: Config, model: str) -> bool:
@@ -652,20 +649,15 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
             if entry.enabled
             for target in replicas(config.providers[entry.provider], entry.model, api, entry.weight, entry.group)
         )
-    providers = config.providers.values()
     if model.startswith("direct/"):
         name, _, upstream_model = model[len("direct/") :].partition("/")
         if name in config.providers and upstream_model:
             return replicas(config.providers[name], upstream_model, api)
     if model == "*":
         return ()
-    wildcard = not any(model in provider.models for provider in providers)
-    return tuple(
-        target
-        for provider in providers
-        if wildcard or model in provider.models
-        for target in replicas(provider, model, api)
-    )
+    providers = [provider for provider in config.providers.values() if model in provider.models]
+    providers = providers or list(config.providers.values())
+    return tuple(target for provider in providers for target in replicas(provider, model, api))
 
 
 def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
@@ -754,11 +746,9 @@ def render_reference() -> str:
 
 
 def default_note(row: "dataclasses.Field[Any]") -> str:
-    if row.default is dataclasses.MISSING:
+    if row.default is REQUIRED:
         return "" if row.default_factory is not dataclasses.MISSING else " (required)"
-    if row.default is None or row.default == ():
-        return ""
-    return f" ({json.dumps(row.default)})"
+    return "" if row.default in (None, ()) else f" ({json.dumps(row.default)})"
 
 
 # ---------------------------------------------------------------------------

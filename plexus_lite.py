@@ -894,14 +894,12 @@ def request_framing(head: RequestHead) -> Optional[int]:
     """Return how the body's end is known: its length, 0 for no body, None for chunked (RFC 9112 6.3)."""
     codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
     if codings:
-        # 1. Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
+        # Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
         if lengths or head.version == 0:
             raise MalformedHTTP("Transfer-Encoding cannot stand beside Content-Length, nor in HTTP/1.0")
-        # 2. Nothing but exactly chunked.
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise ProxyError("not_implemented", "the only transfer coding spoken here is chunked")
         return None
-    # 3. One length, digits only.
     return read_length(lengths) or 0
 
 

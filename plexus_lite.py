@@ -986,8 +986,8 @@ class ChunkedBody(BodyReader):
 
     def __init__(self) -> None:
         self._held = b""  # an incomplete line
-        self._left = 0  # of the current chunk, with the CRLF behind it
-        self._trailers = False
+        self._left = 0  # of the current chunk
+        self._expected = "size"  # what the next line is: a chunk's "size", the "end" of its data, a "trailer"
         self._trailer_bytes = 0
         self._sizes: Dict[bytes, int] = {}  # lines seen: an event stream repeats a few sizes thousands of times
 
@@ -998,7 +998,10 @@ class ChunkedBody(BodyReader):
         position, end = 0, len(data)
         while position < end and not self.done:
             if self._left:
-                position = self._take(data, position, payload)
+                part = data[position : position + self._left]
+                payload.append(part)
+                position += len(part)
+                self._left -= len(part)
                 continue
             newline = data.find(b"\r\n", position, position + CHUNK_LINE_BYTES)
             if newline < 0:
@@ -1006,9 +1009,7 @@ class ChunkedBody(BodyReader):
                 break
             line = data[position:newline]
             position = newline + 2
-            if self._trailers:
-                self._read_trailer(line)
-            else:
+            if self._expected == "size":
                 size = self._sizes.get(line)
                 if size is None:
                     size = self._read_size(line)
@@ -1016,32 +1017,20 @@ class ChunkedBody(BodyReader):
                 if size and stop + 2 <= end and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
                     payload.append(data[position:stop])
                     position = stop + 2
-                elif size:
-                    self._left = size + 2
                 else:
-                    self._trailers = True
+                    self._left, self._expected = size, "end" if size else "trailer"
+            else:
+                self._read_line(line)
         if self.done:
             self.rest = data[position:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _take(self, data: bytes, position: int, payload: List[bytes]) -> int:
-        """Take what is there of an incomplete chunk and its CRLF; return the new position."""
-        if self._left > 2:
-            part = data[position : position + self._left - 2]
-            payload.append(part)
-            self._left -= len(part)
-            position += len(part)
-        while self._left <= 2 and self._left and position < len(data):
-            if data[position] != (13 if self._left == 2 else 10):
-                raise MalformedHTTP("a chunk is not followed by CRLF")
-            self._left -= 1
-            position += 1
-        return position
-
     def _hold(self, part: bytes) -> None:
+        if self._expected == "end" and part != b"\r":
+            raise MalformedHTTP("a chunk is not followed by CRLF")
         if len(part) >= CHUNK_LINE_BYTES or has_bare_line_end(part):
             raise MalformedHTTP("a chunk line is too long or does not end in CRLF")
-        if not self._trailers and not re.match(rb"[0-9A-Fa-f\r]", part):
+        if self._expected == "size" and not re.match(rb"[0-9A-Fa-f\r]", part):
             raise MalformedHTTP("a chunk size is not hexadecimal")
         self._held = part
 
@@ -1054,14 +1043,19 @@ class ChunkedBody(BodyReader):
         size = self._sizes[line] = int(found.group(1), 16)
         return size
 
-    def _read_trailer(self, line: bytes) -> None:
-        if not line:
+    def _read_line(self, line: bytes) -> None:
+        """Read a line that is no chunk's size: the end of its data, or a trailer."""
+        if self._expected == "end":
+            if line:
+                raise MalformedHTTP("a chunk is not followed by CRLF")
+            self._expected = "size"
+        elif line:
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > CHUNK_LINE_BYTES:
+                raise MalformedHTTP("the trailer section is too large")
+            read_fields([line])
+        else:
             self.done = True
-            return
-        self._trailer_bytes += len(line)
-        if self._trailer_bytes > CHUNK_LINE_BYTES:
-            raise MalformedHTTP("the trailer section is too large")
-        read_fields([line])
 
 
 def refuse_constant(name: str) -> Any:

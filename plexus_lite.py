@@ -1536,13 +1536,11 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
     owner = next((target for target in order if target.place == snapshot.owner), None)
     pinned = next((target for target in order if target.id == snapshot.pin), None)
     preferred = owner or pinned
-    if preferred:
-        order.remove(preferred)
-        order.insert(0, preferred)
     if bound:
-        account = order[0].provider.account_name()
+        account = (preferred or home).provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
-    order.sort(key=lambda target: target.id in snapshot.cooling)  # stable: otherwise the order stays
+    # Stable: otherwise the order stays.
+    order.sort(key=lambda target: (target.id in snapshot.cooling, target is not preferred))
     reason = "rendezvous" if preferred is not order[0] else "owner" if owner else "pin"
     if reason == "rendezvous":
         peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]

@@ -7,6 +7,7 @@ headers that a backend routes its cache by; everything else passes through untou
 
     python plexus_lite.py                 serve what config.json beside this file says
     python plexus_lite.py init            print a starter configuration
+    python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
     python plexus_lite.py --help          every option and every configuration key
 
 How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets):
@@ -66,6 +67,7 @@ import dataclasses
 import email.utils
 import errno
 import functools
+import gzip
 import hashlib
 import hmac
 import http
@@ -81,17 +83,20 @@ import random
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import ssl
 import struct
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
 import urllib.request
 import zlib
 from typing import (
+    IO,
     Any,
     Callable,
     Deque,
@@ -99,6 +104,7 @@ from typing import (
     Final,
     FrozenSet,
     Iterable,
+    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -182,6 +188,7 @@ EXIT_OK: Final = 0
 EXIT_CHECK_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_CANNOT_LISTEN: Final = 3
+EXIT_INTERRUPTED: Final = 130  # 128 and SIGINT, as shells say it
 
 # ---------------------------------------------------------------------------
 # 2  Errors -- ProxyError and its kinds, ConfigError.  Nothing but names, statuses and codes.
@@ -4653,8 +4660,242 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 PAGE: Final = "<!doctype html><title>plexus_lite</title>"
 
 # ---------------------------------------------------------------------------
-# 15  Report -- what access logs say, for `report`.  May be skipped.
+# 15  Report -- Report, read_logs: what access logs say of the cache, for `report`.  May be skipped.
 # ---------------------------------------------------------------------------
+
+GROUPS: Final = ("model", "provider", "target", "key")
+SHOWN_ROWS: Final = 20  # of a table
+SHOWN_COUNTS: Final = 8  # of a row by name; there is no more than that of reasons
+WORST_SESSIONS: Final = 10
+MAX_PLACES: Final = 10_000  # clients can make models up: further ones are counted together
+MAX_COUNTS: Final = 1200  # of one row; there are 822 classes of TTFB, the rest is for names and codes
+LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
+CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
+PROGRESS_LINES: Final = 50_000
+TOKENS: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
+INEVITABLE: Final = frozenset({"first_request", "below_minimum"})  # no cache could have helped
+UNITS: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
+UNITS_MS: Final = (("s", 1e3), ("ms", 1))
+Tally = Dict[Tuple[str, Any], float]  # (kind, name): count
+
+
+def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Tally:
+    """Return what a record with these members adds to its rows."""
+    found: Tally = {("requests", ""): 1}
+    found.update({("tokens", name): numbers[name] for name in TOKENS if name in numbers})
+    reason, error, status = names.get("miss_reason"), names.get("error"), numbers.get("status", 0)
+    if "input_tokens" in numbers and "cached_tokens" in numbers:
+        used, cached = numbers["input_tokens"], numbers["cached_tokens"]
+        found.update({("known", "requests"): 1, ("known", "input"): used, ("known", "cached"): cached})
+        found["tokens", "missed_tokens"] = max(used - cached, 0) if reason and reason not in INEVITABLE else 0
+    if reason:
+        found["misses", reason] = 1
+    if reason == "prefix_changed":
+        found["prefix_changed_at", names.get("prefix_changed_at", "input")] = 1
+    if error or status >= 400:
+        found["errors", error or str(status)] = 1
+    elif "ttfb_ms" in numbers:
+        found["ttfb", math.floor(math.log(max(numbers["ttfb_ms"], 0.01)) / CLASS_WIDTH)] = 1
+    return found
+
+
+def add_counts(row: Tally, counts: Tally) -> None:
+    for key, count in counts.items():
+        if key in row:
+            row[key] += count
+        elif len(row) < MAX_COUNTS:
+            row[key] = count
+
+
+def percentile(classes: Mapping[int, float], percent: int) -> Optional[float]:
+    """Return the nearest-rank percentile in milliseconds, None of nothing."""
+    rank = sum(classes.values()) * percent / 100
+    for place in sorted(classes):
+        rank -= classes[place]
+        if rank <= 0:
+            return float(f"{math.exp((place + 0.5) * CLASS_WIDTH):.4g}")
+    return None
+
+
+def figures_of(name: Optional[str], row: Tally) -> Dict[str, Any]:
+    """Return the figures of a row, null where nothing is known; what is counted by name, the most frequent first."""
+    parts: Dict[str, Dict[Any, float]] = collections.defaultdict(dict)
+    for (kind, inner), count in sorted(row.items(), key=lambda item: -item[1]):
+        parts[kind][inner] = count
+    known = parts["known"]
+    figures: Dict[str, Any] = {"name": name, "requests": parts["requests"].get("", 0)}
+    figures["requests_with_usage"] = known.get("requests", 0)
+    figures["hit_rate"] = round(known["cached"] / known["input"], 4) if known.get("input") else None
+    figures.update({name: parts["tokens"].get(name) for name in (*TOKENS, "missed_tokens")})
+    figures["ttfb_ms"] = {f"p{percent}": percentile(parts["ttfb"], percent) for percent in (50, 90, 99)}
+    return {**figures, **{kind: parts[kind] for kind in ("misses", "prefix_changed_at", "errors", "used")}}
+
+
+def short(value: Optional[float], units: Sequence[Tuple[str, float]] = UNITS) -> str:
+    """Return *value* in the largest of *units* that it fills; "-" if it is not known."""
+    if value is None:
+        return "-"
+    unit, size = next((row for row in units if value >= row[1]), units[-1])
+    value /= size
+    return f"{value:.{0 if value >= 99.5 or value == int(value) else 1}f}{unit}"
+
+
+def render_bar(share: float) -> str:
+    """Return a bar of eight characters at most, in steps of an eighth of one."""
+    full, eighths = divmod(round(min(share, 1) * 64), 8)
+    return " " + "\u2588" * full + (chr(0x2590 - eighths) if eighths else "")
+
+
+# Heading, width, rank (where the terminal is narrow the highest goes first), text.
+COLUMNS: Final[Sequence[Tuple[str, int, int, Callable[[Mapping[str, Any]], str]]]] = (
+    ("requests", 10, 1, lambda row: f"{row['requests']:,}"),
+    ("hit", 7, 0, lambda row: "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"),
+    ("", 9, 9, lambda row: render_bar(row["hit_rate"] or 0).ljust(9)),
+    ("input", 7, 5, lambda row: short(row["input_tokens"])),
+    ("cached", 7, 7, lambda row: short(row["cached_tokens"])),
+    ("missed", 7, 2, lambda row: short(row["missed_tokens"])),
+    ("TTFB p50", 10, 6, lambda row: short(row["ttfb_ms"]["p50"], UNITS_MS)),
+    ("p90", 7, 8, lambda row: short(row["ttfb_ms"]["p90"], UNITS_MS)),
+    ("p99", 7, 4, lambda row: short(row["ttfb_ms"]["p99"], UNITS_MS)),
+    ("errors", 7, 3, lambda row: f"{sum(row['errors'].values()):,}"),
+)
+
+
+def render_table(heading: str, rows: Sequence[Mapping[str, Any]], width: int, bars: bool) -> Iterator[str]:
+    columns = [column for column in COLUMNS if bars or column[0]]
+    while sum(column[1] for column in columns) > width - 16:  # what a name needs
+        columns.remove(max(columns, key=lambda column: column[2]))
+    space = width - sum(column[1] for column in columns)
+    yield ""
+    yield heading.ljust(space) + "".join(title.rjust(size) for title, size, _, _ in columns)
+    for row in rows[:SHOWN_ROWS]:
+        name = row["name"] or "(none)"
+        if len(name) > space:  # the ends tell names apart
+            name = name[: space // 2 - 1] + ".." + name[space // 2 + 1 - space :]
+        yield name.ljust(space) + "".join(text(row).rjust(size) for _, size, _, text in columns)
+        for kind in ("misses", "prefix_changed_at", "errors", "used"):
+            if row[kind]:
+                counts = [f"{name} {count:,}" for name, count in row[kind].items()]
+                counts[SHOWN_COUNTS:] = ["..."] * (len(counts) > SHOWN_COUNTS)
+                yield from textwrap.wrap(f"  {kind}: {', '.join(counts)}", width, subsequent_indent="    ")
+    if len(rows) > SHOWN_ROWS:
+        yield f"and {len(rows) - SHOWN_ROWS:,} more"
+
+
+class Report:
+    """Counts of access log records, in bounded memory however many there are.  No I/O."""
+
+    def __init__(self) -> None:
+        self.first = self.last = ""
+        self.answered_here = self.sessions_dropped = 0
+        self._places: Dict[Tuple[Optional[str], ...], Tally] = {}  # by all of GROUPS: one row to count in, not four
+        self._sessions: collections.OrderedDict[Optional[str], Tally] = (
+            collections.OrderedDict()
+        )  # longest unseen first
+
+    def add(self, record: Any) -> bool:
+        """Return False if *record* is no access log record: the log has events as well, and files have anything."""
+        members = record if isinstance(record, dict) else {}
+        names = {name: value[:100] for name, value in members.items() if isinstance(value, str) and value}
+        numbers = {
+            name: value for name, value in members.items() if isinstance(value, (int, float)) and 0 <= value < 1e12
+        }
+        if "level" in members or "ts" not in names or "status" not in numbers:
+            return False
+        if numbers.get("attempts") == 0 and "error" not in names:  # a probe of /health each second would hide the rest
+            self.answered_here += 1
+            return True
+        self.first, self.last = min(self.first or names["ts"], names["ts"]), max(self.last, names["ts"])
+        counts = tally_of(names, numbers)
+        place = tuple(names.get(kind) for kind in GROUPS)
+        if place not in self._places and len(self._places) >= MAX_PLACES:
+            place = ("(others)",) * len(GROUPS)
+        add_counts(self._places.setdefault(place, {}), counts)
+        if "session" in names:
+            session = names["session"]
+            counts["used", " ".join(filter(None, place))] = 1
+            add_counts(self._sessions.setdefault(session, {}), counts)
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > MAX_REMEMBERED:
+                self._sessions.popitem(last=False)
+                self.sessions_dropped += 1
+        return True
+
+    def as_json(self) -> Dict[str, Any]:
+        """Return all that render shows: of each table the rows with the most missed tokens first."""
+        total: Tally = {}
+        tables: Dict[str, Dict[Optional[str], Tally]] = {kind: {} for kind in GROUPS}
+        for place, counts in self._places.items():
+            add_counts(total, counts)
+            for kind, name in zip(GROUPS, place):
+                add_counts(tables[kind].setdefault(name, {}), counts)
+        found: Dict[str, Any] = {"from": self.first or None, "to": self.last or None, "sessions": len(self._sessions)}
+        found.update(sessions_dropped=self.sessions_dropped, answered_here=self.answered_here)
+        found["total"] = figures_of("all", total)
+        for kind, rows in (*tables.items(), ("worst_sessions", self._sessions)):
+            figures = [figures_of(name, row) for name, row in rows.items()]
+            found[kind] = sorted(figures, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
+        found["worst_sessions"] = [row for row in found["worst_sessions"] if row["missed_tokens"]][:WORST_SESSIONS]
+        return found
+
+    def render(self, width: int, bars: bool) -> str:
+        """Return the tables for a terminal of *width* columns; with *bars* it can show block characters."""
+        found, width = self.as_json(), min(max(width, 40), 120)
+        total = found["total"]
+        if not total["requests"]:
+            return "no records"
+        counted = f"{total['requests']:,} requests in {found['sessions']:,} sessions, "
+        counted += f"{self.first[:19]} to {self.last[:19]} UTC"
+        if self.answered_here:
+            counted += f"; {self.answered_here:,} more (/health, /models) needed no upstream"
+        if self.sessions_dropped:
+            counted += f"; {self.sessions_dropped:,} sessions, the least recently seen, were dropped from their table"
+        legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
+        legend += "missed: tokens sent uncached though a hit was possible; TTFB: of answers without error, within 2 %"
+        lines = [*textwrap.wrap(counted, width), *textwrap.wrap(legend, width)]
+        lines += render_table("total", [total], width, bars)
+        for kind in (*GROUPS, "worst_sessions"):
+            if any(row["name"] for row in found[kind]):  # without keys, say, a table would repeat the total
+                lines += render_table(kind.replace("_", " "), found[kind], width, bars)
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line.rstrip()) for line in lines)
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield each line of *file*; of one that is too long the beginning."""
+    for line in iter(lambda: file.readline(LOG_LINE_BYTES), b""):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LOG_LINE_BYTES)
+
+
+def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
+    """Add the records in *paths* ("-" is stdin) to *report*; return a remark on the lines that are none, or "".
+
+    ConfigError names a file that cannot be read.  With *is_shown* stderr says how much of a large file is read.
+    """
+    strays, first_stray = 0, ""
+    for path in paths:
+        try:
+            with open(0 if path == "-" else path, "rb", closefd=path != "-") as raw:
+                is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
+                file: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+                size = os.fstat(raw.fileno()).st_size  # 0 is a pipe
+                for number, line in enumerate(lines_of(file), 1):
+                    is_record = False
+                    with contextlib.suppress(ValueError, RecursionError):
+                        is_record = report.add(json.loads(line))
+                    if not is_record:
+                        strays, first_stray = strays + 1, first_stray or f"{path}:{number}"
+                    if is_shown and size and number % PROGRESS_LINES == 0:
+                        sys.stderr.write(f"\r{path}: {raw.tell() / size:.0%} of {size / MIB:,.0f} MiB ")
+                        sys.stderr.flush()
+                if is_shown and size:
+                    sys.stderr.write("\r" + " " * (len(path) + 20) + "\r")
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    lines = "1 line is no record" if strays == 1 else f"{strays:,} lines are no records"
+    return f"{lines} (first: {first_stray})" if strays else ""
+
 
 # ---------------------------------------------------------------------------
 # 16  Check -- the doctor, for `check`.  May be skipped.
@@ -4685,13 +4926,10 @@ def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
         epilog="configuration keys (default):\n" + render_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="serve",
-        choices=("serve", "init"),
-        help="serve (default), or init: print a starter",
-    )
+    helps = "; ".join(f"{name}: {row.text}" for name, row in COMMANDS.items())
+    parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS, metavar="COMMAND", help=helps)
+    parser.add_argument("files", nargs="*", metavar="LOG", help="report: access logs, gzipped or not; - is stdin")
+    parser.add_argument("--json", action="store_true", help="report: JSON instead of tables")
     parser.add_argument(
         "--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)"
     )
@@ -4702,7 +4940,13 @@ def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
         "--log-level", choices=LEVELS, default="info", help="info has a line for each request (default)"
     )
     parser.add_argument("--version", action="version", version=f"plexus_lite {__version__}")
-    return parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # the others read no operand that follows an option
+    command = COMMANDS[options.command]
+    if bool(options.files) != command.reads_files:
+        parser.error(f"{options.command} " + ("needs a LOG" if command.reads_files else f"reads no {options.files[0]}"))
+    if options.json and not command.has_json:
+        parser.error(f"{options.command} has no --json")
+    return options
 
 
 def read_config(path: str, options: argparse.Namespace) -> Config:
@@ -4872,6 +5116,47 @@ def announce(config: Config, listener: socket.socket) -> None:
         say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
 
 
+def init(_: argparse.Namespace) -> int:
+    say(STARTER.rstrip("\n"))
+    return EXIT_OK
+
+
+def report(options: argparse.Namespace) -> int:
+    """Say on stdout what the logs tell, and on stderr what in them is no record."""
+    found = Report()
+    try:
+        remark = read_logs(options.files, found, os.isatty(2))
+        if remark:
+            say(remark, 2)
+        if options.json:
+            say(json.dumps(found.as_json()))
+        else:
+            # Windows' console takes bytes for another encoding.
+            encoding = getattr(sys.stdout, "encoding", None) or ""
+            bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
+            say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
+    except ConfigError as error:
+        say(str(error), 2)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace], int]
+    text: str
+    reads_files: bool = False
+    has_json: bool = False
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "serve": Command(serve, "what is done without one"),
+    "init": Command(init, "print a starter configuration"),
+    "report": Command(report, "say what access logs tell of the cache", reads_files=True, has_json=True),
+}
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (
         spare := os.open(os.devnull, os.O_RDWR)
@@ -4879,10 +5164,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         pass
     os.close(spare)
     options = parse_options(arguments)
-    if options.command == "init":
-        say(STARTER.rstrip("\n"))
-        return EXIT_OK
-    return serve(options)
+    return COMMANDS[options.command].run(options)
 
 
 if __name__ == "__main__":

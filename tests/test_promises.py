@@ -21,7 +21,7 @@ from tests.support import PROGRAM, run_cli
 FOLDER = os.path.dirname(PROGRAM)
 # Modules that some systems or versions lack.  A function may import them and go another way; the file may not.
 OPTIONAL = {"compression", "fcntl", "grp", "msvcrt", "pwd", "resource", "syslog", "termios", "winreg"}
-OPTIONS = ("--config", "--host", "--port", "--log-file", "--log-level", "--version", "--help")
+OPTIONS = ("--config", "--host", "--port", "--log-file", "--log-level", "--json", "--version", "--help")
 SETTINGS: Tuple[Any, ...] = (
     plexus_lite.Config,
     plexus_lite.Key,

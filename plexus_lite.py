@@ -4668,7 +4668,7 @@ SHOWN_ROWS: Final = 20  # of a table
 SHOWN_COUNTS: Final = 8  # of a row by name; there is no more than that of reasons
 WORST_SESSIONS: Final = 10
 MAX_PLACES: Final = 10_000  # clients can make models up: further ones are counted together
-MAX_COUNTS: Final = 1200  # of one row; there are 822 classes of TTFB, the rest is for names and codes
+MAX_COUNTS: Final = 1000  # of a row with this many (822 can be classes of TTFB), new codes are counted together
 LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
@@ -4676,6 +4676,7 @@ TOKENS: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_
 INEVITABLE: Final = frozenset({"first_request", "below_minimum"})  # no cache could have helped
 UNITS: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 UNITS_MS: Final = (("s", 1e3), ("ms", 1))
+MISSED: Final = ("tokens", "missed_tokens")
 Tally = Dict[Tuple[str, Any], float]  # (kind, name): count
 
 
@@ -4687,7 +4688,7 @@ def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Tally:
     if "input_tokens" in numbers and "cached_tokens" in numbers:
         used, cached = numbers["input_tokens"], numbers["cached_tokens"]
         found.update({("known", "requests"): 1, ("known", "input"): used, ("known", "cached"): cached})
-        found["tokens", "missed_tokens"] = max(used - cached, 0) if reason and reason not in INEVITABLE else 0
+        found[MISSED] = max(used - cached, 0) if reason and reason not in INEVITABLE else 0
     if reason:
         found["misses", reason] = 1
     if reason == "prefix_changed":
@@ -4701,10 +4702,14 @@ def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Tally:
 
 def add_counts(row: Tally, counts: Tally) -> None:
     for key, count in counts.items():
-        if key in row:
-            row[key] += count
-        elif len(row) < MAX_COUNTS:
-            row[key] = count
+        if key not in row and len(row) >= MAX_COUNTS and key[0] in ("errors", "used"):
+            key = key[0], "(others)"
+        row[key] = row.get(key, 0) + count
+
+
+def ranked(rows: Mapping[Optional[str], Tally]) -> List[Tuple[Optional[str], Tally]]:
+    """Return *rows* with the most missed tokens first, then the most requests."""
+    return sorted(rows.items(), key=lambda item: (-item[1].get(MISSED, 0), -item[1]["requests", ""]))
 
 
 def percentile(classes: Mapping[int, float], percent: int) -> Optional[float]:
@@ -4789,9 +4794,8 @@ class Report:
         self.first = self.last = ""
         self.answered_here = self.sessions_dropped = 0
         self._places: Dict[Tuple[Optional[str], ...], Tally] = {}  # by all of GROUPS: one row to count in, not four
-        self._sessions: collections.OrderedDict[Optional[str], Tally] = (
-            collections.OrderedDict()
-        )  # longest unseen first
+        self._sessions: collections.OrderedDict[Optional[str], Tally]  # the least recently seen first
+        self._sessions = collections.OrderedDict()
 
     def add(self, record: Any) -> bool:
         """Return False if *record* is no access log record: the log has events as well, and files have anything."""
@@ -4822,7 +4826,7 @@ class Report:
         return True
 
     def as_json(self) -> Dict[str, Any]:
-        """Return all that render shows: of each table the rows with the most missed tokens first."""
+        """Return all that render shows, and the rows that it leaves out."""
         total: Tally = {}
         tables: Dict[str, Dict[Optional[str], Tally]] = {kind: {} for kind in GROUPS}
         for place, counts in self._places.items():
@@ -4832,11 +4836,9 @@ class Report:
         found: Dict[str, Any] = {"from": self.first or None, "to": self.last or None, "sessions": len(self._sessions)}
         found.update(sessions_dropped=self.sessions_dropped, answered_here=self.answered_here)
         found["total"] = figures_of("all", total)
-        for kind, rows in (*tables.items(), ("worst_sessions", self._sessions)):
-            figures = [figures_of(name, row) for name, row in rows.items()]
-            found[kind] = sorted(figures, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
-        found["worst_sessions"] = [row for row in found["worst_sessions"] if row["missed_tokens"]][:WORST_SESSIONS]
-        return found
+        found.update({kind: [figures_of(*item) for item in ranked(rows)] for kind, rows in tables.items()})
+        worst = [item for item in ranked(self._sessions)[:WORST_SESSIONS] if item[1].get(MISSED)]
+        return {**found, "worst_sessions": [figures_of(*item) for item in worst]}
 
     def render(self, width: int, bars: bool) -> str:
         """Return the tables for a terminal of *width* columns; with *bars* it can show block characters."""

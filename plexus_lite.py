@@ -4672,18 +4672,17 @@ MAX_COUNTS: Final = 1000  # of a row with this many (822 can be classes of TTFB)
 LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
-TOKENS: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
 INEVITABLE: Final = frozenset({"first_request", "below_minimum"})  # no cache could have helped
 UNITS: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 UNITS_MS: Final = (("s", 1e3), ("ms", 1))
 MISSED: Final = ("tokens", "missed_tokens")
-Tally = Dict[Tuple[str, Any], float]  # (kind, name): count
+Counts = Dict[Tuple[str, Any], float]  # (kind, name): count
 
 
-def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Tally:
+def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Counts:
     """Return what a record with these members adds to its rows."""
-    found: Tally = {("requests", ""): 1}
-    found.update({("tokens", name): numbers[name] for name in TOKENS if name in numbers})
+    found: Counts = {("requests", ""): 1}
+    found.update({("tokens", name): numbers[name] for name in USAGE_NAMES if name in numbers})
     reason, error, status = names.get("miss_reason"), names.get("error"), numbers.get("status", 0)
     if "input_tokens" in numbers and "cached_tokens" in numbers:
         used, cached = numbers["input_tokens"], numbers["cached_tokens"]
@@ -4700,14 +4699,14 @@ def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Tally:
     return found
 
 
-def add_counts(row: Tally, counts: Tally) -> None:
+def add_counts(row: Counts, counts: Counts) -> None:
     for key, count in counts.items():
         if key not in row and len(row) >= MAX_COUNTS and key[0] in ("errors", "used"):
-            key = key[0], "(others)"
+            key = key[0], OTHER
         row[key] = row.get(key, 0) + count
 
 
-def ranked(rows: Mapping[Optional[str], Tally]) -> List[Tuple[Optional[str], Tally]]:
+def ranked(rows: Mapping[Optional[str], Counts]) -> List[Tuple[Optional[str], Counts]]:
     """Return *rows* with the most missed tokens first, then the most requests."""
     return sorted(rows.items(), key=lambda item: (-item[1].get(MISSED, 0), -item[1]["requests", ""]))
 
@@ -4722,7 +4721,7 @@ def percentile(classes: Mapping[int, float], percent: int) -> Optional[float]:
     return None
 
 
-def figures_of(name: Optional[str], row: Tally) -> Dict[str, Any]:
+def figures_of(name: Optional[str], row: Counts) -> Dict[str, Any]:
     """Return the figures of a row, null where nothing is known; what is counted by name, the most frequent first."""
     parts: Dict[str, Dict[Any, float]] = collections.defaultdict(dict)
     for (kind, inner), count in sorted(row.items(), key=lambda item: -item[1]):
@@ -4731,7 +4730,7 @@ def figures_of(name: Optional[str], row: Tally) -> Dict[str, Any]:
     figures: Dict[str, Any] = {"name": name, "requests": parts["requests"].get("", 0)}
     figures["requests_with_usage"] = known.get("requests", 0)
     figures["hit_rate"] = round(known["cached"] / known["input"], 4) if known.get("input") else None
-    figures.update({name: parts["tokens"].get(name) for name in (*TOKENS, "missed_tokens")})
+    figures.update({name: parts["tokens"].get(name) for name in (*USAGE_NAMES, "missed_tokens")})
     figures["ttfb_ms"] = {f"p{percent}": percentile(parts["ttfb"], percent) for percent in (50, 90, 99)}
     return {**figures, **{kind: parts[kind] for kind in ("misses", "prefix_changed_at", "errors", "used")}}
 
@@ -4774,13 +4773,13 @@ def render_table(heading: str, rows: Sequence[Mapping[str, Any]], width: int, ba
     yield ""
     yield heading.ljust(space) + "".join(title.rjust(size) for title, size, _, _ in columns)
     for row in rows[:SHOWN_ROWS]:
-        name = row["name"] or "(none)"
+        name = one_line(row["name"] or "(none)")
         if len(name) > space:  # the ends tell names apart
             name = name[: space // 2 - 1] + ".." + name[space // 2 + 1 - space :]
         yield name.ljust(space) + "".join(text(row).rjust(size) for _, size, _, text in columns)
         for kind in ("misses", "prefix_changed_at", "errors", "used"):
             if row[kind]:
-                counts = [f"{name} {count:,}" for name, count in row[kind].items()]
+                counts = [one_line(f"{name} {count:,}") for name, count in row[kind].items()]
                 counts[SHOWN_COUNTS:] = ["..."] * (len(counts) > SHOWN_COUNTS)
                 yield from textwrap.wrap(f"  {kind}: {', '.join(counts)}", width, subsequent_indent="    ")
     if len(rows) > SHOWN_ROWS:
@@ -4793,8 +4792,8 @@ class Report:
     def __init__(self) -> None:
         self.first = self.last = ""
         self.answered_here = self.sessions_dropped = 0
-        self._places: Dict[Tuple[Optional[str], ...], Tally] = {}  # by all of GROUPS: one row to count in, not four
-        self._sessions: collections.OrderedDict[Optional[str], Tally]  # the least recently seen first
+        self._places: Dict[Tuple[Optional[str], ...], Counts] = {}  # by all of GROUPS: one row to count in, not four
+        self._sessions: collections.OrderedDict[Optional[str], Counts]  # the least recently seen first
         self._sessions = collections.OrderedDict()
 
     def add(self, record: Any) -> bool:
@@ -4813,7 +4812,7 @@ class Report:
         counts = tally_of(names, numbers)
         place = tuple(names.get(kind) for kind in GROUPS)
         if place not in self._places and len(self._places) >= MAX_PLACES:
-            place = ("(others)",) * len(GROUPS)
+            place = (OTHER,) * len(GROUPS)
         add_counts(self._places.setdefault(place, {}), counts)
         if "session" in names:
             session = names["session"]
@@ -4827,8 +4826,8 @@ class Report:
 
     def as_json(self) -> Dict[str, Any]:
         """Return all that render shows, and the rows that it leaves out."""
-        total: Tally = {}
-        tables: Dict[str, Dict[Optional[str], Tally]] = {kind: {} for kind in GROUPS}
+        total: Counts = {}
+        tables: Dict[str, Dict[Optional[str], Counts]] = {kind: {} for kind in GROUPS}
         for place, counts in self._places.items():
             add_counts(total, counts)
             for kind, name in zip(GROUPS, place):
@@ -4847,9 +4846,9 @@ class Report:
         if not total["requests"]:
             return "no records"
         counted = f"{total['requests']:,} requests in {found['sessions']:,} sessions, "
-        counted += f"{self.first[:19]} to {self.last[:19]} UTC"
+        counted += one_line(f"{self.first[:19]} to {self.last[:19]} UTC")
         if self.answered_here:
-            counted += f"; {self.answered_here:,} more (/health, /models) needed no upstream"
+            counted += f"; {self.answered_here:,} more (/health, say) needed no upstream"
         if self.sessions_dropped:
             counted += f"; {self.sessions_dropped:,} sessions, the least recently seen, were dropped from their table"
         legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
@@ -4859,7 +4858,7 @@ class Report:
         for kind in (*GROUPS, "worst_sessions"):
             if any(row["name"] for row in found[kind]):  # without keys, say, a table would repeat the total
                 lines += render_table(kind.replace("_", " "), found[kind], width, bars)
-        return "\n".join("".join(c if c.isprintable() else "?" for c in line.rstrip()) for line in lines)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:

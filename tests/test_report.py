@@ -138,7 +138,8 @@ class Rendering(unittest.TestCase):
             record(1_234_567, 1_200_000),
             record(2000, 0, "prefix_changed", prefix_changed_at="tools", target="https://" + "x" * 90),
             record(10_000, 5000, "moved", model="evil\x1b[2J\u202e\n\ud800" + "m" * 200, ttfb_ms=2500.0),
-            record(status=500, error="server_error"),
+            record(status=500, error="server_error", session="s2", ts="\x1b\n\u202e"),
+            record(status=500, error="\x1b[2J" * 30, key="k2"),
         )
 
     def test_the_text_shows_the_figures_of_the_json(self):
@@ -201,13 +202,13 @@ class Bounds(unittest.TestCase):
         found = report.as_json()
         self.assertEqual((found["total"]["requests"], found["total"]["missed_tokens"]), (many, 10 * many))
         self.assertEqual(len(found["model"]), plexus_lite.MAX_PLACES + 1)
-        self.assertEqual(rows(report, "model", "requests")["(others)"], 5)
+        self.assertEqual(rows(report, "model", "requests")["(other)"], 5)
         self.assertLessEqual(len(found["total"]["errors"]), plexus_lite.MAX_COUNTS)
         self.assertEqual(sum(found["total"]["errors"].values()), many)
         self.assertLessEqual(len(found["worst_sessions"][0]["used"]), plexus_lite.MAX_COUNTS)
         text = report.render(100, False)
         self.assertIn(f"and {len(found['model']) - 20:,} more", text)
-        self.assertRegex(text, r"(?m)^  errors: \(others\) \d+, (code-\d+ 1, ){7}\.\.\.$")
+        self.assertRegex(text, r"(?m)^  errors: \(other\) \d+, (code-\d+ 1, ){7}\.\.\.$")
 
 
 class Files(unittest.TestCase):

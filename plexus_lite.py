@@ -1795,6 +1795,7 @@ class ResponseIds:
         return found is not None
 
 
+USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
 # What the access log calls it: where an answer's usage has it.
 USAGE_PATHS: Final = (
     ("input_tokens", ("input_tokens",)),
@@ -2131,7 +2132,7 @@ class Tally:
             self._list(self.errors, record, now, ("id", "status", "error", "route", "model", "provider", "target"))
         if not provider:
             return
-        for name in ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens"):
+        for name in USAGE_NAMES:
             if record[name] is not None:
                 self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), record[name])
         if record["ttfb_ms"] is not None:

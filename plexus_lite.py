@@ -60,10 +60,12 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 """
 
 import argparse
+import base64
 import bisect
 import collections
 import contextlib
 import dataclasses
+import datetime
 import email.utils
 import errno
 import functools
@@ -389,7 +391,14 @@ def a_base_url(value: Any, path: str) -> str:
     """Return *value* without a trailing slash: http(s)://host[:port][/path], or demo://."""
     if value == "demo://":
         return "demo://"
-    problem = wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value)
+    parts = split_url(value, wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value))
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        raise ConfigError(path, "a base URL has no query, fragment or user name")
+    return str(value).rstrip("/")
+
+
+def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
+    """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
     if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
         raise problem
     try:
@@ -400,9 +409,44 @@ def a_base_url(value: Any, path: str) -> str:
             raise problem
     except ValueError:  # the port is looked at only when it is asked for
         raise problem from None
-    if parts.query or parts.fragment or "@" in parts.netloc:
-        raise ConfigError(path, "a base URL has no query, fragment or user name")
-    return value.rstrip("/")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardProxy:
+    host: str
+    port: int
+    credentials: bytes = dataclasses.field(repr=False)  # user:password, b"" for none
+
+    @property
+    def name(self) -> str:
+        return join_authority(self.host, self.port)
+
+    def fields(self) -> List[Tuple[str, str]]:
+        """Return what a request that this proxy reads has to carry (RFC 7617)."""
+        token = base64.b64encode(self.credentials).decode("ascii")
+        return [("Proxy-Authorization", "Basic " + token)] if self.credentials else []
+
+
+def join_authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
+    """Return "env", or the forward proxy that a URL names.  Errors never show the value: a password may stand in it."""
+    if value == "env":
+        return "env"
+    problem = ConfigError(
+        path, 'expected "env" or a URL like "http://user:password@host:3128" (special characters as %XX)'
+    )
+    parts = split_url(value, problem)
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise problem
+    if parts.scheme == "https":
+        raise ConfigError(path, "TLS to the proxy itself is not supported; use http://")
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    credentials = urllib.parse.unquote_to_bytes(f"{user}:{password}") if user or password else b""
+    return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
 
 
 def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
@@ -533,6 +577,11 @@ class Provider:
     )
     wait_on_429_s: float = setting(0, a_time_or_0, "wait this long in all before a 429 is handed on")
     ca_file: Optional[str] = setting(None, a_string, "PEM file of CAs, added to the system's roots")
+    client_cert: Optional[str] = setting(None, a_string, "PEM file of our certificate, for upstreams that ask for one")
+    client_key: Optional[str] = setting(None, a_string, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy: Union[str, ForwardProxy, None] = setting(  # noqa: RUF009
+        None, a_proxy, 'http://[user:password@]host:port, or "env" for HTTPS_PROXY, NO_PROXY', **SECRET
+    )
     connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
     first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
     idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
@@ -2284,14 +2333,32 @@ def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections.  Knows no client and no
-#    policy.  The errors of the operating system and of TLS become those of room 2 here, and nowhere else.
+# 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
+#    connect_tcp, open_tunnel, start_tls.  Knows no client and no policy.  The errors of the operating system and of
+#    TLS become those of room 2 here, and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS))
 MAX_IDLE_PER_ORIGIN: Final = 128
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
+TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
+# What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
+# TLS 1.3 brings the refusal of a client certificate only with the first read after the request.
+TLS_FAILURES: Final = (
+    ("alert certificate required", "it asks for a client certificate; set {}.client_cert"),
+    (
+        "alert (unknown ca|bad certificate|unsupported certificate|certificate |access denied)",
+        "it refuses the certificate in {}.client_cert",
+    ),
+    ("alert handshake failure", "it found no common cipher, or misses a client certificate ({}.client_cert)"),
+    ("protocol version|unsupported protocol|legacy sigalg", "it speaks no TLS 1.2 or newer"),
+    ("wrong version number|http request|record layer failure", "it does not speak TLS; check {}.api_base_url"),
+    ("EOF occurred|unexpected eof", "it closed the connection"),
+    ("key values mismatch|key type mismatch", "the key does not match the certificate"),
+    ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
+)
 
 
 def receive(sock: socket.socket) -> Optional[bytes]:
@@ -2311,31 +2378,15 @@ def receive(sock: socket.socket) -> Optional[bytes]:
         return None
 
 
-def wait_ready(sock: socket.socket, events: int, deadline: float, is_gone: Callable[[], bool]) -> int:
-    """Wait until *sock* is ready for one of *events* (selectors' bits); return those it is ready for.
-
-    Raises TimeoutError at *deadline* (monotonic), ClientGone within a second of is_gone() turning true.
-    """
-    with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:  # epoll would cost a descriptor
-        selector.register(sock, events)
-        while True:
-            if is_gone():
-                raise ClientGone
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            for _, ready in selector.select(min(left, GONE_CHECK_S)):
-                return ready
-
-
 class UpstreamConnection:
     """A connection to an upstream with at most one request under way.  Owned by whoever holds it; ends in close()."""
 
-    __slots__ = ("idle_since", "origin", "reused", "sock", "unsent", "whole")
+    __slots__ = ("idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
 
-    def __init__(self, sock: socket.socket, origin: Tuple[str, ...]) -> None:
+    def __init__(self, sock: socket.socket, origin: Tuple[str, ...], proxy: Optional[ForwardProxy] = None) -> None:
         self.sock = sock
         self.origin = origin
+        self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
         self.reused = False
         self.unsent: List[memoryview] = []  # of the request, the last part first
         self.whole = True  # no part of the request was given up
@@ -2444,14 +2495,16 @@ class OutboundRequest(urllib.request.Request):
         self.fresh = fresh  # not over a pooled connection
         self.may_wait = may_wait  # for a connection to be made
 
-    def render_head(self) -> bytes:
-        fields: List[Field] = []
+    def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
+        """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
+        fields: List[Field] = proxy.fields() if proxy else []
         if not any(name.lower() == "host" for name, _ in self.fields):
             fields.append(("Host", self.host))
         fields += self.fields
         if self.body is not None:
             fields.append(("Content-Length", str(len(self.body))))
-        return f"{self.get_method()} {self.selector} HTTP/1.1\r\n".encode("latin-1") + render_fields(fields) + b"\r\n"
+        where = self.full_url if proxy else self.selector
+        return f"{self.get_method()} {where} HTTP/1.1\r\n".encode("latin-1") + render_fields(fields) + b"\r\n"
 
 
 class Transport(urllib.request.BaseHandler):
@@ -2462,17 +2515,19 @@ class Transport(urllib.request.BaseHandler):
     """
 
     def __init__(self, config: Config, connect_demo: Callable[[], socket.socket]) -> None:
-        """Load the CA files of the https providers; ConfigError names one that cannot be used."""
+        """Load certificates and keys, look up forward proxies; ConfigError names what cannot be used."""
         self._limits = config.limits
         self._connect_demo = connect_demo
         self._pool = Pool()
         self._contexts: Dict[str, ssl.SSLContext] = {}
         self._session_lock = threading.Lock()  # protects _sessions
         self._sessions: Dict[Tuple[str, ...], ssl.SSLSession] = {}
+        self._proxies: Dict[Tuple[str, str], Optional[ForwardProxy]] = {}  # by provider and base URL
         for name, provider in config.providers.items():
             urls = [url for urls in provider.api_base_url.values() for url in urls]
             if any(url.startswith("https:") for url in urls):
                 self._contexts[name] = make_tls_context(provider)
+            self._proxies.update({(name, url): find_proxy(provider, url) for url in urls})
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
@@ -2500,15 +2555,14 @@ class Transport(urllib.request.BaseHandler):
         self._pool.close()
 
     def http_open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
-        provider = request.target.provider
-        origin = (request.type, request.host, provider.name)
+        # The provider stands for its forward proxy and certificates: they change only with the configuration.
+        origin = (request.type, request.host, request.target.provider.name)
         connection = None if request.fresh else self._pool.take(origin)
         if connection is None:
             if not request.may_wait:
                 return None
-            deadline = time.monotonic() + provider.timeout_s("connect_timeout_s", self._limits)
-            connection = UpstreamConnection(self._connect(request, origin, deadline), origin)
-        head, body = request.render_head(), request.body or b""
+            connection = self._connect(request, origin)
+        head, body = request.render_head(connection.proxy), request.body or b""
         connection.unsent = (
             [memoryview(head + body)] if len(body) <= 128 * KIB else [memoryview(body), memoryview(head)]
         )
@@ -2518,117 +2572,342 @@ class Transport(urllib.request.BaseHandler):
     https_open = http_open
     demo_open = http_open
 
-    def _connect(self, request: OutboundRequest, origin: Tuple[str, ...], deadline: float) -> socket.socket:
-        provider = request.target.provider
+    def _connect(self, request: OutboundRequest, origin: Tuple[str, ...]) -> UpstreamConnection:
         if request.type == "demo":
             sock = self._connect_demo()
             sock.setblocking(False)
-            return sock
-        parts = urllib.parse.urlsplit(request.target.base_url)
-        host, port = parts.hostname or "", parts.port or (443 if request.type == "https" else 80)
-        name = f"{host}:{port}"
-        try:
-            sock = connect_tcp(host, port, deadline, request.is_gone)
-        except TimeoutError:
-            raise UpstreamError(
-                f"no connection to {name} within the connect_timeout_s of {provider.name}", "upstream_timeout"
-            ) from None
-        except socket.gaierror as error:
-            raise UpstreamError(f"cannot resolve {host}: {error.strerror}") from None
-        except OSError as error:
-            raise UpstreamError(f"cannot connect to {name}: {error.strerror or error}") from None
+            return UpstreamConnection(sock, origin)
+        provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
+        proxy = self._proxies[provider.name, request.target.base_url]
+        seconds = provider.timeout_s("connect_timeout_s", self._limits)
+        attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
+        sock = reach(url, proxy, attempt)
         if request.type == "http":
-            return sock
-        try:
-            return self._start_tls(sock, host, provider, origin, deadline, request.is_gone)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, TimeoutError):
-                raise UpstreamError(
-                    f"no TLS handshake with {name} within the connect_timeout_s of {provider.name}", "upstream_timeout"
-                ) from None
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise UpstreamError(
-                    f"the certificate of {name} is not trusted: {error.verify_message}; "
-                    f"set providers.{provider.name}.ca_file if a private CA signed it"
-                ) from None
-            if isinstance(error, OSError):
-                reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
-                raise UpstreamError(f"TLS with {name} failed: {reason}") from None
-            raise
-
-    def _start_tls(
-        self,
-        sock: socket.socket,
-        host: str,
-        provider: Provider,
-        origin: Tuple[str, ...],
-        deadline: float,
-        is_gone: Callable[[], bool],
-    ) -> socket.socket:
+            return UpstreamConnection(sock, origin, proxy)
         with self._session_lock:
             session = self._sessions.get(origin)
-        # A ragged end must be an error: for a body that ends with the connection it is a cut.
-        tls = self._contexts[provider.name].wrap_socket(
-            sock,
-            server_hostname=host,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=False,
-            session=session,
-        )
         try:
+            tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
+        except ssl.SSLCertVerificationError as error:
+            raise explain_refusal(error, url, proxy, attempt) from None
+        return UpstreamConnection(tls, origin)
+
+
+# -- the way to an upstream: name, TCP, forward proxy, TLS --------------
+
+
+class Attempt(NamedTuple):
+    """One attempt to reach an upstream: for whom, until when (monotonic), and whether nobody waits for it any more."""
+
+    provider: Provider
+    deadline: float
+    is_gone: Callable[[], bool]
+
+    @contextlib.contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
+        try:
+            yield
+        except TimeoutError:
+            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
+            raise UpstreamError(message, "upstream_timeout") from None
+        except ssl.SSLCertVerificationError:
+            raise
+        except OSError as error:
+            raise UpstreamError(f"no {phase}: {reason_of(error, self.provider)}") from None
+
+    def wait(self, sock: socket.socket, events: int) -> None:
+        """Wait until *sock* is ready for *events* (selectors' bits).
+
+        Raises TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
+        """
+        # epoll would cost a descriptor
+        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:
+            selector.register(sock, events)
+            while True:
+                if self.is_gone():
+                    raise ClientGone
+                left = self.deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                if selector.select(min(left, GONE_CHECK_S)):
+                    return
+
+
+def reason_of(error: OSError, provider: Provider) -> str:
+    """Return what went wrong in words; of what TLS says, what it means for *provider*."""
+    text = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLError):
+        for words, meaning in TLS_FAILURES:
+            if re.search(words, text):
+                return meaning.format(f"providers.{provider.name}")
+        return re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
+    return text
+
+
+def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
+    """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    if not proxy:
+        return connect_tcp(resolve(host, port, attempt), join_authority(host, port), attempt)
+    sock = connect_tcp(resolve(proxy.host, proxy.port, attempt), f"the proxy {proxy.name}", attempt)
+    if url.scheme == "https":
+        open_tunnel(sock, proxy, join_authority(host, port), attempt)
+    return sock
+
+
+def resolve(host: str, port: int, attempt: Attempt) -> Sequence[Any]:
+    """Return what getaddrinfo knows of *host*, at least one address."""
+    with attempt.at(f"address of {host}"):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket.socket:
+    """Return a non-blocking socket connected to the first of *addresses* that answers; errors call it *name*."""
+    with attempt.at(f"connection to {name}"):
+        problem = OSError(errno.EADDRNOTAVAIL, "no address")
+        for family, kind, protocol, _, address in addresses:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+                result = sock.connect_ex(address)
+                if result in UNDER_WAY:
+                    attempt.wait(sock, selectors.EVENT_WRITE)
+                    result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if result:
+                    raise OSError(result, os.strerror(result))
+                return sock
+            except (TimeoutError, ClientGone):  # TimeoutError: ETIMEDOUT of one address looks the same, and is as final
+                sock.close()
+                raise
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+
+def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
+    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6), or close it.  No byte of the proxy's goes further."""
+    try:
+        with attempt.at(f"tunnel to {authority} through the proxy {proxy.name}"):
+            fields = render_fields([("Host", authority), *proxy.fields()])
+            sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+            answer, end = b"", -1
+            while end < 0:
+                attempt.wait(sock, selectors.EVENT_READ)
+                data = receive(sock)
+                answer += data or b""
+                end = answer.find(b"\r\n\r\n")
+                if data == b"" or len(answer) > TUNNEL_HEAD_BYTES:
+                    raise ConnectionError("it broke off")
+            try:
+                status = read_answer_head(answer[: end + 4]).status
+            except UpstreamError:
+                raise ConnectionError("it does not answer in HTTP") from None
+            if status in (401, 407):  # tinyproxy answers 401 to a wrong password
+                raise wrong_password(proxy, attempt.provider)
+            if not 200 <= status < 300:
+                raise ConnectionError(f"it answered {status}")
+            if len(answer) > end + 4:  # a TLS server does not speak first: these bytes are nobody's
+                raise ConnectionError("it answered more than a head")
+    except BaseException:
+        sock.close()
+        raise
+
+
+def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
+    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
+    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
+
+
+def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
+    """Return the forward proxy on the way to *base_url*; the environment has a say only if the provider wants it."""
+    if isinstance(provider.proxy, ForwardProxy) or provider.proxy is None:
+        return provider.proxy
+    url = urllib.parse.urlsplit(base_url)
+    found = urllib.request.getproxies().get(url.scheme)
+    if not found or urllib.request.proxy_bypass(url.netloc):
+        return None
+    path = f"providers.{provider.name}.proxy: {url.scheme.upper()}_PROXY"
+    proxy = a_proxy(found if "://" in found else "http://" + found, path)  # others take host:port there, too
+    return proxy if isinstance(proxy, ForwardProxy) else None
+
+
+def start_tls(
+    sock: socket.socket,
+    host: str,
+    context: ssl.SSLContext,
+    attempt: Attempt,
+    session: Optional[ssl.SSLSession] = None,
+) -> ssl.SSLSocket:
+    """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
+    tls = sock
+    try:
+        with attempt.at(f"TLS handshake with {host}"):
+            # A ragged end must be an error: for a body that ends with the connection it is a cut.
+            tls = context.wrap_socket(
+                sock,
+                server_hostname=host,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                session=session,
+            )
             while True:
                 try:
                     tls.do_handshake()
                     return tls
                 except ssl.SSLWantReadError:
-                    wait_ready(tls, selectors.EVENT_READ, deadline, is_gone)
+                    attempt.wait(tls, selectors.EVENT_READ)
                 except ssl.SSLWantWriteError:
-                    wait_ready(tls, selectors.EVENT_WRITE, deadline, is_gone)
-        except BaseException:
-            tls.close()
-            raise
+                    attempt.wait(tls, selectors.EVENT_WRITE)
+    except BaseException:
+        tls.close()
+        raise
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
-    """Return the system's roots plus the provider's ca_file; TLS 1.2 at least, name and expiry checked."""
-    context = ssl.create_default_context()
+    """Return the system's roots plus the provider's ca_file and client certificate; name and expiry are checked.
+
+    Not by create_default_context: where SSLKEYLOGFILE is set it writes the keys of each connection into that file.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # 3.8 and 3.9 switch this on where OpenSSL 3 has it: a cut answer would look whole.
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    path = f"providers.{provider.name}"
     if provider.ca_file is not None:
+        # Any certificate in it is an anchor, an intermediate one as well; as curl has it.
+        context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0x80000)
+        check_pem(provider.ca_file, "CERTIFICATE", f"{path}.ca_file")
         try:
             context.load_verify_locations(provider.ca_file)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror if error.errno and not isinstance(error, ssl.SSLError) else "no PEM certificates"
+        except ssl.SSLError as error:
             raise ConfigError(
-                f"providers.{provider.name}.ca_file", f"cannot use {provider.ca_file}: {reason}"
+                f"{path}.ca_file", f"cannot use {provider.ca_file}: {reason_of(error, provider)}"
             ) from None
+    if provider.client_cert is None:
+        if provider.client_key is not None:
+            raise ConfigError(f"{path}.client_key", "there is no client_cert to go with it")
+        return context
+    key_file, where = provider.client_key or provider.client_cert, f"{path}.client_key"
+    check_pem(provider.client_cert, "CERTIFICATE", f"{path}.client_cert")
+    check_pem(key_file, "PRIVATE KEY", where)
+
+    def ask_password() -> bytes:  # without it OpenSSL would ask on the terminal
+        raise ConfigError(where, f"the key in {key_file} is encrypted; it must not be")
+
+    try:
+        context.load_cert_chain(provider.client_cert, key_file, ask_password)
+    except ssl.SSLError as error:
+        reason = f"cannot use {key_file} with {provider.client_cert}: {reason_of(error, provider)}"
+        raise ConfigError(where, reason) from None
     return context
 
 
-def connect_tcp(host: str, port: int, deadline: float, is_gone: Callable[[], bool]) -> socket.socket:
-    """Return a non-blocking socket connected to the first address of *host* that answers.  May raise OSError."""
-    problem: Optional[OSError] = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-            result = sock.connect_ex(address)
-            if result in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)):
-                wait_ready(sock, selectors.EVENT_WRITE, deadline, is_gone)
-                result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if result:
-                raise OSError(result, os.strerror(result))
-            return sock
-        except (TimeoutError, ClientGone):  # TimeoutError: ETIMEDOUT of one address looks the same, and is as final
-            sock.close()
-            raise
-        except OSError as error:
-            sock.close()
-            problem = error
-    raise problem or OSError(errno.EADDRNOTAVAIL, "no address")
+def check_pem(file_name: str, label: str, path: str) -> None:
+    """Refuse a file that cannot be read or holds nothing of the kind: OpenSSL would not say which file it means."""
+    try:
+        with open(file_name, "rb") as file:
+            found = re.search(rb"-----BEGIN [A-Z ]*%b-----" % label.encode("ascii"), file.read())
+    except OSError as error:
+        raise ConfigError(path, f"cannot read {file_name}: {error.strerror}") from None
+    if not found:
+        raise ConfigError(path, f"{file_name} holds no -----BEGIN {label}----- (PEM)")
+
+
+# -- certificates: what was refused, told so that it can be acted on ----
+
+
+class Certificate(NamedTuple):
+    subject: str
+    issuer: str
+    not_before: datetime.datetime  # UTC
+    not_after: datetime.datetime
+    names: Sequence[str]  # host names and addresses it is for
+
+
+def explain_refusal(
+    error: ssl.SSLCertVerificationError,
+    url: urllib.parse.SplitResult,
+    proxy: Optional[ForwardProxy],
+    attempt: Attempt,
+) -> UpstreamError:
+    """Return what is wrong with the certificate of the host of *url*, and what to configure."""
+    shown, now = peer_certificate(url, proxy, attempt), datetime.datetime.now(datetime.timezone.utc)
+    code, path = error.verify_code, f"providers.{attempt.provider.name}"
+    why = f"is refused: {error.verify_message}"
+    if shown and code in (18, 19, 20, 21):  # X509_V_ERR_...: self-signed, or no way to a root
+        missing = f"which is not trusted; set {path}.ca_file"
+        if attempt.provider.ca_file:
+            missing = f"which is neither among the system's roots nor in {path}.ca_file"
+        why = f"is signed by {describe(shown.issuer)}, {missing}"
+    elif shown and code == 10 and shown.not_after < now:  # else it is a CA's that has expired
+        why = f"expired on {shown.not_after:%Y-%m-%d}"
+    elif shown and code == 9 and shown.not_before > now:
+        why = f"is not valid before {shown.not_before:%Y-%m-%d}; check the clock of this machine"
+    elif shown and code in (62, 64):  # another host name, another address
+        names = ", ".join(map(describe, shown.names[:5])) or "no name at all"
+        why = f"is for {names}, not for {url.hostname}; check {path}.api_base_url"
+    return UpstreamError(f"certificate of {url.hostname} {why}")
+
+
+def peer_certificate(
+    url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
+) -> Optional[Certificate]:
+    """Return the certificate that was refused, to name its issuer: after a failed handshake Python shows nothing of it.
+
+    So there is a second handshake that checks nothing; its connection never carries a request and ends at once.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
+            return read_certificate(tls.getpeercert(binary_form=True) or b"")
+    except (UpstreamError, ValueError, IndexError):
+        return None
+
+
+def read_certificate(der: bytes) -> Certificate:
+    """Return what X.509 (RFC 5280 4.1) says in *der*; ValueError or IndexError if it says something else."""
+    ((_, signed), *_), names = der_items(der_items(der)[0][1]), []
+    items = der_items(signed)
+    _, _, (_, issuer), (_, validity), (_, subject) = [item for item in items if item[0] != 0xA0][:5]  # [0]: version
+    for _, extension in [one for tag, content in items if tag == 0xA3 for one in der_items(der_items(content)[0][1])]:
+        (_, kind), *_, (_, value) = der_items(extension)
+        for tag, name in der_items(der_items(value)[0][1]) if kind == b"\x55\x1d\x11" else ():  # subjectAltName
+            if tag in (0x82, 0x87):  # dNSName, iPAddress
+                names.append(name.decode("ascii") if tag == 0x82 else str(ipaddress.ip_address(name)))
+    begin, end = [x509_time(*item) for item in der_items(validity)]
+    return Certificate(common_name(subject), common_name(issuer), begin, end, names)
+
+
+def x509_time(tag: int, text: bytes) -> datetime.datetime:
+    form = "%y%m%d%H%M%SZ" if tag == 0x17 else "%Y%m%d%H%M%SZ"  # UTCTime has two digits for the year
+    return datetime.datetime.strptime(text.decode("ascii"), form).replace(tzinfo=datetime.timezone.utc)
+
+
+def common_name(name: bytes) -> str:
+    """Return the common name in an X.501 name, all of its parts if there is none."""
+    parts = {}
+    for _, relative in der_items(name):
+        (_, kind), (tag, text) = der_items(der_items(relative)[0][1])
+        parts[kind] = text.decode("utf-16-be" if tag == 0x1E else "utf-8", "replace")  # 1E: BMPString
+    return parts.get(b"\x55\x04\x03") or ", ".join(parts.values())
+
+
+def der_items(data: bytes) -> List[Tuple[int, bytes]]:
+    """Return tag and content of each DER element in *data*."""
+    items, at = [], 0
+    while at < len(data):
+        tag, size, at = data[at], data[at + 1], at + 2
+        if size > 127:  # the length of the length
+            size, at = int.from_bytes(data[at : at + size - 128], "big"), at + size - 128
+        items.append((tag, data[at : at + size]))
+        at += size
+    return items
 
 
 # ---------------------------------------------------------------------------
@@ -2662,6 +2941,7 @@ class HeldAnswer(NamedTuple):
     head: AnswerHead
     body: bytes
     target: Target
+    secrets: Sequence[bytes]  # that were sent, not to be handed on
 
 
 class Exchange:
@@ -3270,7 +3550,7 @@ class Answer:
         self._max_head = limits.max_header_bytes
         self._first_byte_s = provider.timeout_s("first_byte_timeout_s", limits)
         self._deadline = time.monotonic() + self._first_byte_s
-        self._secrets = secrets_of(provider)
+        self._secrets = secrets_of(provider, upstream.proxy)
         self._start = b""  # of the answer, until its head is complete
         self._head: Optional[AnswerHead] = None
         self._body: BodyReader = LengthBody(0)
@@ -3306,7 +3586,7 @@ class Answer:
         try:
             data = receive(upstream.sock)
         except OSError as error:
-            self._broken(f"{self._host()} broke the connection: {error.strerror or type(error).__name__}")
+            self._broken(f"{self._host()} broke the connection: {reason_of(error, self.target.provider)}")
             return
         if data is None:
             return
@@ -3344,6 +3624,9 @@ class Answer:
                 raise UpstreamError("101 Switching Protocols was not asked for", "upstream_invalid_response")
             if head.status >= 200:  # 100, 102 and 103 announce another head
                 break
+        if head.status == 407 and self.upstream and self.upstream.proxy:
+            self._failed(wrong_password(self.upstream.proxy, self.target.provider))
+            return b""
         self._body = answer_body(head)
         self._head = head
         if head.status >= 400:
@@ -3427,7 +3710,7 @@ class Answer:
         """An error answer is complete: hand it on, unless another target may do better."""
         head, body = self._head, bytes(self._held or b"")
         assert head is not None
-        held = self.exchange.last_answer = HeldAnswer(head, body, self.target)
+        held = self.exchange.last_answer = HeldAnswer(head, body, self.target, self._secrets)
         if head.status in RETRY_STATUSES:
             self.fleet.failed(self.target, self.loop.now, retry_after_of(head.headers, time.time()))
         else:
@@ -3595,10 +3878,13 @@ def usage_reader(exchange: Exchange, head: AnswerHead) -> Optional[UsageReader]:
     return UsageReader(is_event_stream(head.headers))
 
 
-def secrets_of(provider: Provider) -> Tuple[bytes, ...]:
-    """Return the credentials that go to *provider*, for masking."""
-    values = [value.rpartition(" ")[2] for name, value in provider.headers if name.lower() in CREDENTIALS]
-    return tuple(value.encode("ascii") for value in (*values, provider.api_key or "") if len(value) >= 4)
+def secrets_of(provider: Provider, proxy: Optional[ForwardProxy]) -> Tuple[bytes, ...]:
+    """Return the credentials that go to *provider* and to the *proxy* that reads the request, for masking."""
+    fields = [*provider.headers, *(proxy.fields() if proxy else ())]
+    values = [value.rpartition(" ")[2] for name, value in fields if name.lower() in CREDENTIALS]
+    password = proxy.credentials.partition(b":")[2] if proxy else b""
+    found = [value.encode("ascii") for value in (*values, provider.api_key or "")]
+    return tuple(value for value in (*found, password) if len(value) >= 4)
 
 
 def mask_text(text: str, secrets_sent: Sequence[bytes]) -> str:
@@ -3617,9 +3903,9 @@ def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
     exchange.usage = usage_reader(exchange, held.head)
     if exchange.usage:
         exchange.usage.feed(held.body)
-    sent = secrets_of(held.target.provider)
-    fields = masked_fields(answer_fields(held.head, exchange.renamed), sent)
-    connection.respond(held.head.status, fields, mask(held.body, sent), mask_text(held.head.reason, sent))
+    fields = masked_fields(answer_fields(held.head, exchange.renamed), held.secrets)
+    body, reason = mask(held.body, held.secrets), mask_text(held.head.reason, held.secrets)
+    connection.respond(held.head.status, fields, body, reason)
 
 
 def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerHead, now: float) -> None:

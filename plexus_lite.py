@@ -3550,6 +3550,7 @@ class Answer:
         self._max_head = limits.max_header_bytes
         self._first_byte_s = provider.timeout_s("first_byte_timeout_s", limits)
         self._deadline = time.monotonic() + self._first_byte_s
+        self._proxy = upstream.proxy
         self._secrets = secrets_of(provider, upstream.proxy)
         self._start = b""  # of the answer, until its head is complete
         self._head: Optional[AnswerHead] = None
@@ -3624,8 +3625,8 @@ class Answer:
                 raise UpstreamError("101 Switching Protocols was not asked for", "upstream_invalid_response")
             if head.status >= 200:  # 100, 102 and 103 announce another head
                 break
-        if head.status == 407 and self.upstream and self.upstream.proxy:
-            self._failed(wrong_password(self.upstream.proxy, self.target.provider))
+        if head.status == 407 and self._proxy:  # it asks us, not the client
+            self._failed(wrong_password(self._proxy, self.target.provider))
             return b""
         self._body = answer_body(head)
         self._head = head
@@ -3722,7 +3723,8 @@ class Answer:
             deliver_held(self.connection, held)
 
     def _host(self) -> str:
-        return urllib.parse.urlsplit(self.target.base_url).netloc or self.target.base_url
+        host = urllib.parse.urlsplit(self.target.base_url).netloc or self.target.base_url
+        return f"{host} through the proxy {self._proxy.name}" if self._proxy else host
 
     def _detach(self, reusable: bool) -> None:
         """Let go of the upstream connection: back into the pool if it is at the end of a whole answer."""

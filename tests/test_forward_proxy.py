@@ -207,8 +207,12 @@ class ForwardProxyTest(TransportTest):
         self.assertIn("through the proxy", message)
         self.assertIn("connect_timeout_s of silent", message)
 
-    def test_proxy_that_is_down_is_named(self):
+    def test_proxy_that_is_down_or_breaks_off_is_named(self):
         self.assertIn("connection to the proxy 127.0.0.1:", self.refused("dead"))
+        self.forward.script([Cut()], [Cut()])
+        self.assertIn(
+            f"upstream.invalid through the proxy 127.0.0.1:{self.forward.port} closed", self.refused("absolute")
+        )
 
     def test_demo_needs_no_proxy(self):
         self.assertEqual(self.ask("demo").status, 200)

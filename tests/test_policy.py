@@ -871,7 +871,7 @@ class AddedValues(unittest.TestCase):
         for value in ("a\r\nX-Evil: 1", "\u4f1a", json.loads('"\\ud83d"')):
             wire = plexus_lite.render_fields(outbound([], {"prompt_cache_key": value}, {}))
             self.assertNotIn(b"Evil", wire)
-            self.assertEqual(len(plexus_lite.read_fields(wire[:-2].split(b"\r\n")).fields), 5)
+            self.assertEqual(len(plexus_lite.read_fields(wire).fields), 5)
 
 
 class AnswerFields(unittest.TestCase):
@@ -907,7 +907,7 @@ class AnswerFields(unittest.TestCase):
             with self.subTest(ascii(name)):
                 fields = self.answer(("openai-model", "gpt"), ("X-End", "1"), renamed=(name, "gpt"))
                 wire = plexus_lite.render_fields(fields)
-                read = plexus_lite.read_fields(wire[:-2].split(b"\r\n")).fields
+                read = plexus_lite.read_fields(wire).fields
                 self.assertNotIn("gpt", [value for _, value in read])
                 self.assertIn(("X-End", "1"), read)
                 self.assertLessEqual({name.lower() for name, _ in read}, {"openai-model", "x-end"})

@@ -161,7 +161,8 @@ REQUEST_LINE_BYTES: Final = 16 * KIB  # RFC 9112 3 asks for at least 8000
 CHUNK_LINE_BYTES: Final = 4 * KIB  # chunk size with extensions; real ones have under 20
 SMALL_BODY_BYTES: Final = 256 * KIB  # a refused request's body up to this is read, so that the connection stays in step
 HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: to fail over, to mask our key
-MAX_GZIP_MEMBERS: Final = 16  # each costs a copy of all that follows it: 50,000 empty ones would take minutes
+MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what follows: 50,000 empty ones take minutes
+ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, what RFC 9659 allows a zstd body; its header alone could claim gigabytes
 MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
@@ -1190,7 +1191,26 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     raise ProxyError("invalid_json", f"the body is not valid JSON: {problem}")
 
 
-def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> Union[bytes, bytearray, None]:
+class Coding(NamedTuple):
+    """How a content coding is undone: *start* returns an object like that of zlib.decompressobj(), for one member."""
+
+    name: str
+    start: Callable[[], Any]
+    error: Type[Exception] = zlib.error
+    magic: "re.Pattern[bytes]" = re.compile(b"")  # what a member begins with
+
+
+# RFC 1952 2.2 and RFC 8878 3.1 allow several members; RFC 9110 8.4.1.2 means zlib, some senders leave its wrapper out.
+GZIP: Final = Coding("gzip", lambda: zlib.decompressobj(31))
+DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(15))
+RAW_DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(-15))
+# A frame, or one to be skipped.  Not those of zstd before 1.0, which libraries read with code that few look after.
+ZSTD_MAGIC: Final = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+
+
+def decode_content(
+    raw: Union[bytes, bytearray], encoding: str, limit: int, load_zstd: Callable[[], Optional[Coding]]
+) -> Union[bytes, bytearray, None]:
     """Return *raw* without its Content-Encoding, or None if this program cannot decode it.
 
     Never returns more than *limit* bytes; ProxyError if there are more, or the encoding is damaged.
@@ -1198,30 +1218,33 @@ def decode_content(raw: Union[bytes, bytearray], encoding: str, limit: int) -> U
     if encoding in ("", "identity"):
         return raw
     if encoding in ("gzip", "x-gzip"):
-        return inflate(raw, 31, "gzip", limit)
-    if encoding == "deflate":  # RFC 9110 8.4.1.2 means zlib; some senders leave its wrapper out
-        return inflate(raw, 15 if raw[:1] and raw[0] & 15 == 8 else -15, "deflate", limit)
-    return None
+        return inflate(raw, GZIP, limit)
+    if encoding == "deflate":
+        return inflate(raw, DEFLATE if raw[:1] and raw[0] & 15 == 8 else RAW_DEFLATE, limit)
+    zstd = load_zstd() if encoding == "zstd" else None
+    return zstd and inflate(raw, zstd, limit)
 
 
-def inflate(raw: Union[bytes, bytearray], window: int, encoding: str, limit: int) -> bytes:
+def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
     out = bytearray()
-    for _ in range(MAX_GZIP_MEMBERS):
-        inflater = zlib.decompressobj(window)
+    for _ in range(MAX_MEMBERS):
+        inflater = coding.start()
         try:
+            if not coding.magic.match(raw):
+                raise coding.error("it begins like something else")
             out += inflater.decompress(raw, limit + 1 - len(out))
-        except zlib.error:
-            raise ProxyError("invalid_request", f"the {encoding} body is damaged") from None
+        except coding.error as error:
+            raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None
         if len(out) > limit:
             raise too_large("decoded body", limit)
         if not inflater.eof:
-            raise ProxyError("invalid_request", f"the {encoding} body ends too early")
+            raise ProxyError("invalid_request", f"the {coding.name} body ends too early")
         raw = inflater.unused_data
         if not raw:
             return bytes(out)
-        if window != 31:  # only gzip may have several members (RFC 1952 2.2)
+        if coding.name == "deflate":
             break
-    raise ProxyError("invalid_request", f"bytes follow the {encoding} body")
+    raise ProxyError("invalid_request", f"bytes follow the {coding.name} body")
 
 
 # ---------------------------------------------------------------------------
@@ -2325,8 +2348,8 @@ def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
-#    connect_tcp, open_tunnel, start_tls.  Knows no client and no policy.  The errors of the operating system and of
-#    TLS become those of room 2 here, and nowhere else.
+#    connect_tcp, open_tunnel, start_tls; load_zstd.  Knows no client and no policy.  The errors of the operating
+#    system and of TLS become those of room 2 here, and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2899,6 +2922,73 @@ def der_items(data: bytes) -> List[Tuple[int, bytes]]:
         items.append((tag, data[at : at + size]))
         at += size
     return items
+
+
+class ZstdFrame:
+    """zlib.decompressobj's interface to a frame, by the system's libzstd.  Frees what it takes before it returns."""
+
+    PIECE_BYTES: Final = 128 * KIB  # a block of the format: the output grows by what is there, not by what is claimed
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.eof = False
+        self.unused_data: Union[bytes, bytearray] = b""
+
+    def decompress(self, raw: Union[bytes, bytearray], max_length: int) -> bytearray:
+        import ctypes
+
+        library, size_t, out = self._library, ctypes.c_size_t, bytearray()
+        source, piece = ctypes.create_string_buffer(bytes(raw), len(raw)), ctypes.create_string_buffer(self.PIECE_BYTES)
+        given = (size_t * 3)(ctypes.addressof(source), len(raw), 0)  # ZSTD_inBuffer: address, size, position
+        context = library.ZSTD_createDStream()
+        if not context:
+            raise MemoryError
+        try:
+            library.ZSTD_DCtx_setParameter(context, 100, ZSTD_WINDOW_LOG)  # ZSTD_d_windowLogMax
+            while not self.eof and len(out) < max_length:
+                taken = (size_t * 3)(ctypes.addressof(piece), min(len(piece), max_length - len(out)), 0)
+                left = library.ZSTD_decompressStream(context, taken, given)
+                if left < 0:
+                    raise zlib.error(library.ZSTD_getErrorName(left).decode())
+                out += memoryview(piece)[: taken[2]]
+                self.eof = not left
+                if given[2] == len(raw) and taken[2] < taken[1]:
+                    break  # all that came has been used
+        finally:
+            library.ZSTD_freeDStream(context)
+        self.unused_data = raw[given[2] :]
+        return out
+
+
+@functools.lru_cache(maxsize=None)
+def load_zstd() -> Optional[Coding]:
+    """Return how zstd is undone here: by the standard library, by the system's libzstd, or None.
+
+    Called for the first zstd body and not at the start: ctypes costs time and memory that few need.  The library is
+    asked for by its names; ctypes.util.find_library would start compilers to find it.
+    """
+    if sys.version_info >= (3, 14):
+        with contextlib.suppress(ImportError):
+            from compression import zstd
+
+            options: Dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+            return Coding("zstd", lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError, ZSTD_MAGIC)
+    for name in ("libzstd.so.1", "libzstd.1.dylib", "libzstd.dll"):
+        with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):  # no ctypes, no such library
+            import ctypes
+            from ctypes import c_char_p, c_int, c_size_t, c_ssize_t, c_void_p
+
+            library = ctypes.CDLL(name)
+            for function, result, arguments in (
+                (library.ZSTD_createDStream, c_void_p, ()),
+                (library.ZSTD_freeDStream, c_size_t, (c_void_p,)),
+                (library.ZSTD_DCtx_setParameter, c_size_t, (c_void_p, c_int, c_int)),  # since 1.4.0
+                (library.ZSTD_decompressStream, c_ssize_t, (c_void_p, c_void_p, c_void_p)),
+                (library.ZSTD_getErrorName, c_char_p, (c_size_t,)),
+            ):
+                function.restype, function.argtypes = result, arguments
+            return Coding("zstd", functools.partial(ZstdFrame, library), magic=ZSTD_MAGIC)
+    return None
 
 
 # ---------------------------------------------------------------------------
@@ -4121,7 +4211,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_body(self, headers: Headers, limits: Limits) -> Optional[JsonBody]:
         """Return the JSON body, None if its encoding cannot be read here."""
         encoding = ", ".join(headers.tokens("content-encoding"))
-        raw = decode_content(self.exchange.body, encoding, limits.max_body_bytes)
+        raw = decode_content(self.exchange.body, encoding, limits.max_body_bytes, load_zstd)
         return None if raw is None else parse_json_body(raw)
 
     def model_of(self, members: Mapping[str, Any]) -> str:
@@ -4149,7 +4239,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "unsupported_content_encoding",
             f"the Content-Encoding {describe(headers.get('content-encoding'))} cannot be read here, and the model in "
             "the body decides where it goes; send it uncompressed (Codex: --disable enable_request_compression)",
-            fields=[("Accept-Encoding", "gzip, deflate, identity")],
+            fields=[("Accept-Encoding", f"gzip, deflate{', zstd' if load_zstd() else ''}, identity")],
         )
 
     def place_stored(self, route: Route) -> None:

@@ -8,7 +8,8 @@ The clients come from npm and PyPI into $PLEXUS_CLIENTS_DIR (else a folder in th
 One that cannot be installed is named and skipped; exit code 1 means that one which runs lost a header, a byte or an
 answer.  `python -m unittest` does not run this file.
 
-Two comparisons are made for each client:
+The proxy has two providers, so that the model in the body decides, compressed or not; the clients that compress
+with zstd come a second time, with aliases that rename their models.  Two comparisons are made for each client:
 
     client --> tap --> plexus_lite.py --> fake upstream
                what the client sent against what arrived, within one run: byte by byte, except what the contract changes
@@ -39,6 +40,7 @@ CACHE = os.environ.get("PLEXUS_CLIENTS_DIR") or os.path.join(tempfile.gettempdir
 INSTALL_LIMIT_S = 240
 TURN_LIMIT_S = 60
 MODELS = ["gpt-5.5", "gpt-test"]
+RENAMED = "renamed-"  # an alias' upstream has the model under its name with this before it
 FINAL_TEXT = "Final text ✓ number "  # not ASCII: a chunk border or a recoding would show
 ACCOUNT = {"chatgpt_account_id": "acct-1", "chatgpt_plan_type": "plus", "chatgpt_user_id": "user-1"}
 
@@ -56,7 +58,7 @@ Commands = Tuple[List[List[str]], Dict[str, str]]  # of one session, and the env
 
 
 class Skip(Exception):
-    """The client cannot be installed here; the message says why."""
+    """The client cannot be run here; the message says why."""
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Client:
     prepare: Callable[[str, str, str, str], Commands]  # (folder, home, origin, origin of the account's backend)
     tool: str  # the name of the tool that runs a command,
     argument: str  # and of its argument
+    is_renamed: bool = False  # aliases rename the models; its bodies must be zstd
 
 
 @dataclass
@@ -224,11 +227,13 @@ GET_PI_NEW = npm("pi-0.87.1", PI_NEW, "0.87.1", "node@24")
 CLIENTS = [
     Client("codex-0.120", CODEX_OLD, codex(False), "exec_command", "cmd"),
     Client("codex-0.120 signed in", CODEX_OLD, codex(True), "exec_command", "cmd"),
+    Client("codex-0.120 signed in, renamed", CODEX_OLD, codex(True), "exec_command", "cmd", True),
     Client("codex-latest", npm("codex-latest", CODEX, "latest"), codex(False), "exec_command", "cmd"),
     Client("pi " + PI_API, GET_PI_OLD, pi(PI_OLD, PI_API), "bash", "command"),
     Client("pi " + PI_CODEX_API, GET_PI_OLD, pi(PI_OLD, PI_CODEX_API), "bash", "command"),
     Client("pi-0.87 " + PI_API, GET_PI_NEW, pi(PI_NEW, PI_API), "bash", "command"),
     Client("pi-0.87 " + PI_CODEX_API, GET_PI_NEW, pi(PI_NEW, PI_CODEX_API), "bash", "command"),
+    Client(f"pi-0.87 {PI_CODEX_API}, renamed", GET_PI_NEW, pi(PI_NEW, PI_CODEX_API), "bash", "command", True),
     Client("openai-python", openai_python, sdk, "run", "cmd"),
 ]
 
@@ -361,12 +366,26 @@ class Tap:
 # ---- What may differ --------------------------------------------------------------------------------------------
 
 
+def plain_body(request: Recorded) -> bytes:
+    """The body without its zstd, which another program than the proxy's library undoes."""
+    if request.header("Content-Encoding") != "zstd":
+        return request.body
+    if not shutil.which("zstd"):
+        raise Skip("the program zstd, which reads this client's bodies, is missing")
+    return subprocess.run(["zstd", "-dcq"], input=request.body, stdout=subprocess.PIPE, check=True).stdout
+
+
 def cache_key(request: Recorded) -> Optional[str]:
-    try:
-        key = request.json().get("prompt_cache_key")
-    except ValueError:
-        return None  # zstd; all clients that send it send the headers, too
+    key = json.loads(plain_body(request)).get("prompt_cache_key")
     return key if isinstance(key, str) else None
+
+
+def renamed_body(request: Recorded) -> bytes:
+    """What must arrive where an alias renames the model: the decoded body with nothing else changed."""
+    plain = plain_body(request)
+    name = json.dumps(json.loads(plain)["model"]).encode()
+    assert plain.count(b'"model":' + name) == 1, "which one is the model?"
+    return plain.replace(b'"model":' + name, b'"model":"' + RENAMED.encode() + name[1:])
 
 
 def legal(value: str) -> str:
@@ -374,10 +393,10 @@ def legal(value: str) -> str:
     return value if re.match(r"^[!-~]{1,64}$", value) else hashlib.sha256(value.encode("utf-8")).hexdigest()
 
 
-def expected_fields(request: Recorded) -> Tuple[Pairs, Dict[str, str]]:
+def expected_fields(request: Recorded, is_renamed: bool) -> Tuple[Pairs, Dict[str, str]]:
     """The fields that must arrive in this order, and those that the proxy sets or adds anywhere."""
     named = {name.strip().lower() for value in request.all("Connection") for name in value.split(",")}
-    dropped = REBUILT | CREDENTIALS | named | {"accept-encoding"}
+    dropped = REBUILT | CREDENTIALS | named | {"accept-encoding"} | ({"content-encoding"} if is_renamed else set())
     kept = [(name, value) for name, value in request.headers if name.lower() not in dropped]
     have = {name.lower(): value for name, value in kept}
     added = {"authorization": "Bearer sk-upstream", "accept-encoding": "identity"}
@@ -389,14 +408,16 @@ def expected_fields(request: Recorded) -> Tuple[Pairs, Dict[str, str]]:
     return kept, added
 
 
-def compare_request(request: Recorded, arrived: Recorded) -> Iterator[str]:
+def compare_request(request: Recorded, arrived: Recorded, is_renamed: bool) -> Iterator[str]:
     """What happened to *request* on its way to the upstream beyond the contract."""
     path = "/v1" + re.sub(r"^(/v1|/backend-api)?(/codex)?", "", request.target)
     if (arrived.method, arrived.target) != (request.method, path):
         yield f"{request.method} {path} arrived as {arrived.method} {arrived.target}"
-    if arrived.body != request.body:
+    if is_renamed and request.header("Content-Encoding") != "zstd":
+        yield "body: not zstd, so that this run shows nothing"
+    if arrived.body != (renamed_body(request) if is_renamed else request.body):
         yield f"body: {len(request.body)} bytes sent, other {len(arrived.body)} arrived"
-    kept, added = expected_fields(request)
+    kept, added = expected_fields(request, is_renamed)
     came = [(name, value) for name, value in arrived.headers if name.lower() not in REBUILT]
     rest = [(name, value) for name, value in came if name.lower() not in added]
     if rest != kept:
@@ -527,6 +548,10 @@ def run_session(client: Client, installed: str, folder: str, through: bool) -> R
             printed = run_commands(client, installed, folder, upstream.port, backend)
             return Run(upstream.requests, printed, list(judge_printed(printed)))
         config = support.make_config(upstream, {"models": MODELS}, keys={"team": {"secret": account_token()}})
+        config["providers"]["other"] = {"api_base_url": backend.base_url, "models": ["other-model"]}
+        if client.is_renamed:
+            config["providers"]["up"]["models"] = [RENAMED + name for name in MODELS]
+            config["models"] = {name: {"targets": [{"provider": "up", "model": RENAMED + name}]} for name in MODELS}
         with Proxy(config) as proxy:
             with Tap(proxy.port) as tap:
                 printed = run_commands(client, installed, folder, tap.port, backend)
@@ -536,7 +561,7 @@ def run_session(client: Client, installed: str, folder: str, through: bool) -> R
         if not len(forwarded) == len(upstream.requests) == len(api.replies):
             run.differences.append(f"{len(forwarded)} requests sent, {len(upstream.requests)} arrived")
         for number, ((request, got), arrived, reply) in enumerate(zip(forwarded, upstream.requests, api.replies), 1):
-            found = list(compare_request(request, arrived)) + list(compare_answer(reply, got))
+            found = list(compare_request(request, arrived, client.is_renamed)) + list(compare_answer(reply, got))
             run.differences += [f"request {number}: {one}" for one in found]
         for got in (got for request, got in exchanges if request.header("Upgrade")):
             framed = got and got.status == 426 and got.header("Content-Length")
@@ -569,7 +594,7 @@ def main(argv: Sequence[str]) -> int:
     words = [word for word in argv if not word.startswith("-")]
     failed = False
     skips: Dict[Any, Skip] = {}  # an installation that fails takes its time, and two clients may share it
-    print(f"{'client':<34} {'version':<9} {'requests':>8}  differences")
+    print(f"{'client':<40} {'version':<9} {'requests':>8}  differences")
     for client in CLIENTS:
         if words and not any(word in client.name for word in words):
             continue
@@ -579,11 +604,11 @@ def main(argv: Sequence[str]) -> int:
             version, count, differences = check(client, "--direct" not in argv)
         except Skip as reason:
             skips[client.install] = reason
-            print(f"{client.name:<34} SKIPPED, cannot be installed: {reason}", flush=True)
+            print(f"{client.name:<40} SKIPPED: {reason}", flush=True)
             continue
         except AssertionError as error:  # the proxy does not start, wrote a traceback, or does not speak HTTP
             version, count, differences = "", 0, [str(error)]
-        print(f"{client.name:<34} {version:<9} {count:>8}  {len(differences) or 'none'}", flush=True)
+        print(f"{client.name:<40} {version:<9} {count:>8}  {len(differences) or 'none'}", flush=True)
         for one in differences:
             print("    " + one[:2000], flush=True)
         failed = failed or bool(differences)

@@ -11,6 +11,7 @@ both what is right and what is wrong.  Seeded: the same on every run.  PLEXUS_FU
 PLEXUS_FUZZ_SEED=2 takes another path, and `python -m tests.fuzz_atheris` looks for new paths by code coverage.
 """
 
+import base64
 import collections
 import contextlib
 import gzip
@@ -24,9 +25,10 @@ import time
 import tracemalloc
 import unittest
 import zlib
-from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import plexus_lite
+from tests.support import store_zstd
 
 SECONDS = float(os.environ.get("PLEXUS_FUZZ_S", "0.6"))  # for each of the five
 SEED = os.environ.get("PLEXUS_FUZZ_SEED", "1")
@@ -784,7 +786,10 @@ def random_document(rng: random.Random) -> bytes:
 
 # ---- (e) Content-Encoding ------------------------------------------------------------------------
 
-ENCODINGS = ("gzip", "deflate", "x-gzip", "identity", "br", "")
+ENCODINGS = ("gzip", "deflate", "x-gzip", "identity", "br", "", "zstd")
+HAS_ZSTD = plexus_lite.load_zstd() is not None
+# A frame of one compressed block, with a checksum.
+ZSTD_FRAME = base64.b64decode("KLUv/QRYVQEAFAJ7Im1vZGVsIjogIm0iLCAiaW5wdXQiOiAiaGVsbG8gIn0BAP+bvzgB6Ibg5A==")
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -792,25 +797,32 @@ def raw_deflate(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+def decode(raw: Union[bytes, bytearray], encoding: str, limit: int) -> Any:
+    return plexus_lite.decode_content(raw, encoding, limit, plexus_lite.load_zstd)
+
+
 def check_content(data: bytes) -> str:
     """The first byte chooses the encoding, the second the limit; the rest is first packed, then taken as packed."""
     encoding = ENCODINGS[data[0] % len(ENCODINGS)] if data else ""
     limit = 1 << (data[1] % 18 if len(data) > 1 else 0)
     rest = data[2:]
-    if encoding in ("br", "identity", ""):
-        got = plexus_lite.decode_content(rest, encoding, limit)
-        assert got == (None if encoding == "br" else rest)
+    if encoding in ("br", "identity", "") or (encoding == "zstd" and not HAS_ZSTD):
+        got = decode(rest, encoding, limit)
+        assert got == (None if encoding in ("br", "zstd") else rest)
         return "plain"
-    packed = [gzip.compress(rest)] if "gzip" in encoding else [zlib.compress(rest), raw_deflate(rest)]
-    packed += [gzip.compress(rest[:9]) + gzip.compress(rest[9:])] if "gzip" in encoding else []
+    if encoding == "deflate":
+        packed = [zlib.compress(rest), raw_deflate(rest)]
+    else:
+        pack = store_zstd if encoding == "zstd" else gzip.compress
+        packed = [pack(rest), pack(rest[:9]) + pack(rest[9:])]
     for one in packed:
         for raw in (one, bytearray(one)):
             try:
-                assert plexus_lite.decode_content(raw, encoding, limit) == rest and len(rest) <= limit
+                assert decode(raw, encoding, limit) == rest and len(rest) <= limit
             except plexus_lite.ProxyError as error:
                 assert error.code == "content_too_large" and len(rest) > limit, error.message
     try:
-        got = plexus_lite.decode_content(rest, encoding, limit)
+        got = decode(rest, encoding, limit)
     except plexus_lite.ProxyError as error:
         assert error.status in (400, 413), error
         return "refused"
@@ -819,14 +831,15 @@ def check_content(data: bytes) -> str:
     for unpack in (gzip.decompress, zlib.decompress, lambda raw: zlib.decompress(raw, -15)):
         with contextlib.suppress(OSError, EOFError, zlib.error):
             known.append(unpack(rest))
-    assert got in known, (got, known)
+    assert encoding == "zstd" or got in known, (got, known)
     return "decoded"
 
 
 def content_seeds() -> List[bytes]:
     text = DOCUMENTS[0] * 3
     packed = [gzip.compress(text), gzip.compress(b"a") + gzip.compress(b""), zlib.compress(text), raw_deflate(text)]
-    heads = (b"\x00\x11", b"\x00\x11", b"\x01\x11", b"\x01\x11")
+    packed += [ZSTD_FRAME, store_zstd(text) + b"\x50\x2a\x4d\x18\x01\0\0\0." + store_zstd(b"")]
+    heads = (b"\x00\x11", b"\x00\x11", b"\x01\x11", b"\x01\x11", b"\x06\x11", b"\x06\x11")
     return [head + one for head, one in zip(heads, packed)] + [b"\x00\x04" + gzip.compress(bytes(100)), b"\x03\x03abc"]
 
 
@@ -956,7 +969,7 @@ class ContentTest(FuzzCase):
         raw = gzip.compress(b"") * 60000
         started = time.process_time()
         with contextlib.suppress(plexus_lite.ProxyError):  # that there are too many
-            plexus_lite.decode_content(raw, "gzip", 1000)
+            decode(raw, "gzip", 1000)
         self.assertLess(time.process_time() - started, 1.0)
 
     def test_bomb_takes_no_more_memory_than_its_limit(self):
@@ -964,7 +977,7 @@ class ContentTest(FuzzCase):
         tracemalloc.start()
         try:
             with self.assertRaises(plexus_lite.ProxyError):
-                plexus_lite.decode_content(bomb, "gzip", 100_000)
+                decode(bomb, "gzip", 100_000)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -7,6 +7,7 @@ import unittest
 import zlib
 from typing import Any, Dict, List, Tuple
 
+import plexus_lite
 from tests.support import (
     Answer,
     FakeUpstream,
@@ -20,6 +21,7 @@ from tests.support import (
     post,
     response_events,
     response_object,
+    store_zstd,
     stream,
 )
 
@@ -217,6 +219,17 @@ class MainJobTest(HandlerTest):
                 got = self.sent(body, {"Content-Encoding": encoding})
                 self.assertEqual(got.body, b'{"model": "gpt-new", "input": "x"}')
                 self.assertEqual(got.all("Content-Encoding"), [])
+
+    @unittest.skipUnless(plexus_lite.load_zstd(), "neither compression.zstd nor libzstd is here")
+    def test_zstd_is_read_forwarded_as_it_came_and_leaves_decoded_with_an_alias(self):
+        zstd = {"Content-Encoding": "zstd"}
+        body = store_zstd(b'{"model":"other-model","input":"' + b"z" * 60_000 + b'"}')
+        self.assertEqual(self.post(body, zstd).status, 200)
+        got = self.other.wait_for_requests(1)[0]
+        self.assertEqual((got.body, got.all("Content-Encoding")), (body, ["zstd"]))
+        got = self.sent(store_zstd(b'{"model": "coder", "input": "x"}'), zstd)
+        self.assertEqual((got.body, got.all("Content-Encoding")), (b'{"model": "gpt-new", "input": "x"}', []))
+        self.assertIn("zstd", self.assert_error(self.post(body[:-1], zstd), 400, "invalid_request"))
 
     def test_damaged_compression_is_a_400(self):
         body = gzip.compress(b'{"model":"gpt-test"}')

@@ -1,12 +1,17 @@
 """Room 4: strict readers.  What two parsers could read differently is refused, and no split of the bytes matters."""
 
+import base64
+import ctypes
 import functools
 import gzip
 import json
 import random
+import sys
+import tracemalloc
 import unittest
+import unittest.mock
 import zlib
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import plexus_lite
 
@@ -641,6 +646,10 @@ class JsonBodies(Refusals):
         self.assertNotIn("secret", self.assertRefused("invalid_json", plexus_lite.parse_json_body, raw).message)
 
 
+def decode(raw: Union[bytes, bytearray], coding: str, limit: int, load_zstd: Any = lambda: None) -> Any:
+    return plexus_lite.decode_content(raw, coding, limit, load_zstd)
+
+
 class ContentCodings(Refusals):
     TEXT = b'{"model": "m", "input": "' + b"hello " * 300 + b'"}'
 
@@ -664,32 +673,32 @@ class ContentCodings(Refusals):
     def test_what_is_decoded(self):
         for name, coding, raw in self.coded():
             with self.subTest(name):
-                self.assertEqual(plexus_lite.decode_content(raw, coding, LIMIT), self.TEXT)
-                self.assertEqual(plexus_lite.decode_content(bytearray(raw), coding, LIMIT), self.TEXT)
+                self.assertEqual(decode(raw, coding, LIMIT), self.TEXT)
+                self.assertEqual(decode(bytearray(raw), coding, LIMIT), self.TEXT)
         for coding in ("", "identity"):
-            self.assertIs(plexus_lite.decode_content(self.TEXT, coding, 5), self.TEXT)
+            self.assertIs(decode(self.TEXT, coding, 5), self.TEXT)
 
     def test_what_cannot_be_decoded_is_left_to_the_caller(self):
         for coding in ("br", "compress", "gzip, gzip", "gzip, br", "aes128gcm"):
-            self.assertIsNone(plexus_lite.decode_content(gzip.compress(self.TEXT), coding, LIMIT))
+            self.assertIsNone(decode(gzip.compress(self.TEXT), coding, LIMIT))
 
     def test_the_decoded_size_is_bounded_to_the_byte(self):
         for name, coding, raw in self.coded():
             with self.subTest(name):
                 size = len(self.TEXT)
-                self.assertEqual(plexus_lite.decode_content(raw, coding, size), self.TEXT)
+                self.assertEqual(decode(raw, coding, size), self.TEXT)
                 for limit in (size - 1, 701, 700, 699, 1):
-                    self.assertRefused("content_too_large", plexus_lite.decode_content, raw, coding, limit)
+                    self.assertRefused("content_too_large", decode, raw, coding, limit)
 
     def test_a_bomb_is_refused(self):
         bomb = bytes(20 * 1024 * 1024)
         for coding, raw in (("gzip", gzip.compress(bomb, 9)), ("deflate", zlib.compress(bomb, 9))):
-            self.assertRefused("content_too_large", plexus_lite.decode_content, raw, coding, 1024)
+            self.assertRefused("content_too_large", decode, raw, coding, 1024)
 
     def test_members_without_end_are_refused(self):
         """Each costs a copy of all that follows: 50 000 empty ones in 1 MB were most of a second of work."""
-        self.assertRefused("invalid_request", plexus_lite.decode_content, gzip.compress(b"") * 50_000, "gzip", LIMIT)
-        self.assertEqual(plexus_lite.decode_content(gzip.compress(b"x") * 10, "gzip", LIMIT), b"x" * 10)
+        self.assertRefused("invalid_request", decode, gzip.compress(b"") * 50_000, "gzip", LIMIT)
+        self.assertEqual(decode(gzip.compress(b"x") * 10, "gzip", LIMIT), b"x" * 10)
 
     def test_every_truncation_is_refused(self):
         small = b'{"model": "m"}'
@@ -697,7 +706,7 @@ class ContentCodings(Refusals):
         for coding, raw in rows:
             for place in range(len(raw)):
                 with self.subTest(coding, place=place):
-                    self.assertRefused("invalid_request", plexus_lite.decode_content, raw[:place], coding, LIMIT)
+                    self.assertRefused("invalid_request", decode, raw[:place], coding, LIMIT)
 
     def test_damage_is_refused(self):
         good = gzip.compress(self.TEXT)
@@ -716,7 +725,120 @@ class ContentCodings(Refusals):
         )
         for name, coding, raw in rows:
             with self.subTest(name):
-                self.assertRefused("invalid_request", plexus_lite.decode_content, raw, coding, LIMIT)
+                self.assertRefused("invalid_request", decode, raw, coding, LIMIT)
+
+
+def zstd_decoders() -> Dict[str, plexus_lite.Coding]:
+    """Return what is here of: the standard library's (3.14), libzstd by ctypes."""
+    found = {"this interpreter's": plexus_lite.load_zstd()}
+    assert ctypes  # imported before the modules are hidden, or there would be two of it
+    with unittest.mock.patch.dict(sys.modules, {"compression": None}):
+        found["libzstd"] = plexus_lite.load_zstd.__wrapped__()
+    return {name: coding for name, coding in found.items() if coding}
+
+
+ZSTD = zstd_decoders()
+
+
+@unittest.skipUnless(ZSTD, "neither compression.zstd nor libzstd is here")
+class ZstdBodies(Refusals):
+    """Frames made by zstd 1.5.4; with a checksum, so that no damage can pass for something else."""
+
+    SMALL = base64.b64decode("KLUv/QRYVQEAFAJ7Im1vZGVsIjogIm0iLCAiaW5wdXQiOiAiaGVsbG8gIn0BAP+bvzgB6Ibg5A==")
+    LARGE = base64.b64decode(
+        "KLUv/QRYhA0ANjlpFpCpmgPLhcDX8vz/WNZLS5uIJn1jZ3JqAGAAXwB22If6aqurpnpqqVuzjvpAH2100UQPLXRp0kEf5pttrpnmmWXuzDnmg3"
+        "yyySWTPLLIlSmHfOjXrVenPl16O3v0Az9uvDjx4cLLyYMfvu2anuXOA2ABgAUGBYQCgAMADgAWADAgGEg4AGgIJHyEi/AKp/AQfii/ciuvciqf"
+        "cilvOcuj/EB+5EZe5EQ+5EJecpIH+SH4BbfgFZyCT3AJ3uAMHsEPh++wHa7DdHgOy+Ee5uE4fLjvtrtuuueWuzfvuA/22WaXTfbYYtdm98B54H"
+        "Hgh+N33I7XcTo+x+V4j/N4HD8YP+NmvIyT8TEuxmucxsP4ofgVt+JVnIpPcSne4iwexQ/Ej7gRL+JEfIgL8RIn8SB+GH7DbXgNp+EzXIZ3OIfH"
+        "8IPwE27CS3gfpt90m17TafpMl+mdzukx/SD9pJv0kk7SR7pIr3RKD+mH9mu39mqn9mmX9razPdoP7Mdu7MVO7MMu7GUne7Afol90i17RKfpEl+"
+        "iNzugR/XDgd+B24HXgdOBz4HJgAQCT1fj75iINTAAACCABAPz/ORACTAAACDQBAPz/ORACXQAAGCAifQEA1AQdCAEwFHlQ"
+    )
+    LARGE_TEXT = b'{"model": "m", "input": "' + b" ".join(b"%d" % (n % 250) for n in range(120000)) + b'"}'
+    SMALL_TEXT = ContentCodings.TEXT
+    SKIPPED = b"\x5a\x2a\x4d\x18\x03\0\0\0abc"
+    HEAD = b"\x28\xb5\x2f\xfd"  # of a frame; then its descriptor, window, content size, blocks
+
+    def each(self, action: Callable[[Callable[..., Any]], None]) -> None:
+        for name, coding in ZSTD.items():
+            with self.subTest(name):
+                action(lambda raw, limit=1 << 20, coding=coding: decode(raw, "zstd", limit, lambda: coding))
+
+    def test_what_is_decoded(self):
+        rows = (
+            ("a frame", self.SMALL, self.SMALL_TEXT),
+            ("many blocks", self.LARGE, self.LARGE_TEXT),
+            ("two frames", self.SMALL + self.LARGE, self.SMALL_TEXT + self.LARGE_TEXT),
+            ("frames to skip", self.SKIPPED + self.SMALL + self.SKIPPED, self.SMALL_TEXT),
+            ("window of 8 MiB", self.HEAD + b"\0\x68\x09\0\0a", b"a"),
+        )
+
+        def check(read):
+            for name, raw, text in rows:
+                with self.subTest(name):
+                    self.assertEqual(read(raw), text)
+                    self.assertEqual(read(bytearray(raw)), text)
+                    self.assertEqual(read(raw, len(text)), text)
+                    for limit in (len(text) - 1, len(text) // 2):
+                        self.assertRefused("content_too_large", read, raw, limit)
+
+        self.each(check)
+
+    def test_every_truncation_and_every_damaged_bit_is_refused_with_the_name_of_the_encoding(self):
+        def check(read):
+            for raw, text in ((self.SMALL, self.SMALL_TEXT), (self.LARGE, self.LARGE_TEXT)):
+                for place in range(len(raw)):
+                    self.assertIn("zstd", self.assertRefused("invalid_request", read, raw[:place]).message)
+                    for bit in range(8) if raw is self.SMALL else (place % 8,):
+                        damaged = raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
+                        try:
+                            self.assertEqual(read(damaged), text)  # an unused bit, or a larger window
+                        except plexus_lite.ProxyError as error:
+                            self.assertEqual(error.status, 400)
+
+        self.each(check)
+
+    def test_what_is_refused(self):
+        rows = (
+            ("nothing", b""),
+            ("plain JSON", self.SMALL_TEXT),
+            ("gzip", gzip.compress(self.SMALL_TEXT)),
+            ("junk behind it", self.SMALL + b"junk"),
+            ("half a frame behind it", self.SMALL + self.SMALL[:20]),
+            ("nothing but a frame to skip, cut", self.SKIPPED[:-1]),
+            ("frames without end", (self.HEAD + b"\0\0\x01\0\0") * 50_000),
+            ("zstd before 1.0", b"\x27" + self.HEAD[1:] + bytes(40)),
+            ("window of 16 MiB", self.HEAD + b"\0\x70\x09\0\0a"),
+            ("window of 2 GiB", self.HEAD + b"\0\xa8\x09\0\0a"),
+            ("content of 1 TiB at once", self.HEAD + b"\xe0" + (1 << 40).to_bytes(8, "little") + b"\x09\0\0a"),
+            ("content of 4 EiB", self.HEAD + b"\xc0\x58" + (1 << 62).to_bytes(8, "little") + b"\x09\0\0a"),
+        )
+
+        def check(read):
+            for name, raw in rows:
+                with self.subTest(name):
+                    self.assertRefused("invalid_request", read, raw)
+
+        self.each(check)
+
+    def test_a_bomb_is_refused_at_the_limit(self):
+        run = b"\x02\0\x10" + b"a"  # a block of 128 KiB that repeats one byte
+        bomb = self.HEAD + b"\0\x58" + run * 50_000  # 6 GiB in 200 KB
+
+        def check(read):
+            self.assertRefused("content_too_large", read, bomb)
+            tracemalloc.start()
+            try:
+                self.assertRefused("content_too_large", read, bomb, 100_000)
+                self.assertLess(tracemalloc.get_traced_memory()[1], 1_000_000)
+            finally:
+                tracemalloc.stop()
+
+        self.each(check)
+
+    def test_without_a_decoder_the_body_is_left_to_the_caller(self):
+        with unittest.mock.patch.dict(sys.modules, {"compression": None, "ctypes": None}):
+            self.assertIsNone(plexus_lite.load_zstd.__wrapped__())
+        self.assertIsNone(decode(self.SMALL, "zstd", LIMIT))
 
 
 if __name__ == "__main__":

@@ -1228,10 +1228,10 @@ def decode_content(
 def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
     out = bytearray()
     for _ in range(MAX_MEMBERS):
-        inflater = coding.start()
         try:
             if not coding.magic.match(raw):
                 raise coding.error("it begins like something else")
+            inflater = coding.start()
             out += inflater.decompress(raw, limit + 1 - len(out))
         except coding.error as error:
             raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None

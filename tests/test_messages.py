@@ -806,7 +806,6 @@ class ZstdBodies(Refusals):
             ("half a frame behind it", self.SMALL + self.SMALL[:20]),
             ("nothing but a frame to skip, cut", self.SKIPPED[:-1]),
             ("frames without end", (self.HEAD + b"\0\0\x01\0\0") * 50_000),
-            ("zstd before 1.0", b"\x27" + self.HEAD[1:] + bytes(40)),
             ("window of 16 MiB", self.HEAD + b"\0\x70\x09\0\0a"),
             ("window of 2 GiB", self.HEAD + b"\0\xa8\x09\0\0a"),
             ("content of 1 TiB at once", self.HEAD + b"\xe0" + (1 << 40).to_bytes(8, "little") + b"\x09\0\0a"),
@@ -819,6 +818,13 @@ class ZstdBodies(Refusals):
                     self.assertRefused("invalid_request", read, raw)
 
         self.each(check)
+
+    def test_formats_before_zstd_1_are_not_even_shown_to_the_library(self):
+        for coding in ZSTD.values():
+            shown = coding._replace(start=lambda: self.fail("shown"))
+            for magic in (b"\x1e", b"\x22", b"\x25", b"\x27"):
+                raw = magic + self.HEAD[1:] + bytes(40)
+                self.assertRefused("invalid_request", decode, raw, "zstd", LIMIT, lambda coding=shown: coding)
 
     def test_a_bomb_is_refused_at_the_limit(self):
         run = b"\x02\0\x10" + b"a"  # a block of 128 KiB that repeats one byte

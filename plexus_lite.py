@@ -636,10 +636,17 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tls:
+    cert: str = setting(REQUIRED, a_string, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key: Optional[str] = setting(None, a_string, "PEM file of its private key; absent = it is in cert")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     providers: Mapping[str, Provider] = setting(REQUIRED, a_table(Provider), "upstreams by name")
     host: str = setting("127.0.0.1", a_string, "address to listen on")
     port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
+    tls: Optional[Tls] = setting(None, an_object(Tls), "serve https; absent = http")  # noqa: RUF009
     keys: Mapping[str, Key] = setting(dataclasses.MISSING, a_table(Key), "clients' keys by name", default_factory=dict)
     workers: int = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
     cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
@@ -788,6 +795,7 @@ def render_reference() -> str:
     lines = []
     for title, cls in (
         ("", Config),
+        ("tls", Tls),
         ("keys.NAME", Key),
         ("providers.NAME", Provider),
         ("models.NAME", Alias),
@@ -2388,6 +2396,8 @@ def receive(sock: socket.socket) -> Optional[bytes]:
                 parts.append(sock.recv(RECEIVE_BYTES))
             data = b"".join(parts)
         return data
+    except ssl.SSLWantWriteError:  # asked for new keys, and does not read: waiting for bytes would spin
+        raise
     except BLOCKED:
         return None
 
@@ -2820,6 +2830,37 @@ def make_tls_context(provider: Provider) -> ssl.SSLContext:
     return context
 
 
+def make_server_context(tls: Tls) -> ssl.SSLContext:
+    """Return what our own certificate is shown with, TLS 1.2 at least; ConfigError if its files cannot be used."""
+
+    def refuse_password() -> str:  # OpenSSL would ask for it on the terminal
+        raise ConfigError("tls", f"the private key in {tls.key or tls.cert} is encrypted; `openssl pkey` decrypts it")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # costs us more than the client, and reads would have to write
+    context.set_alpn_protocols(["http/1.1"])
+    for name, path in (("cert", tls.cert), ("key", tls.key or tls.cert)):
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise ConfigError(f"tls.{name}", f"cannot read {path}: {error.strerror}") from None
+    try:
+        context.load_cert_chain(tls.cert, tls.key, refuse_password)
+    except ssl.SSLError as error:
+        problem = "; these two do not match" if error.reason == "KEY_VALUES_MISMATCH" else ""
+        wanted = f"expected a PEM certificate in {tls.cert} and its private key in {tls.key or tls.cert}"
+        raise ConfigError("tls", wanted + problem) from None
+    return context
+
+
+def say_goodbye(sock: socket.socket) -> None:
+    """Tell a TLS peer that the end is meant (close_notify, RFC 8446 6.1), as far as it can be told without waiting."""
+    if isinstance(sock, ssl.SSLSocket):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: that has been done
+            sock.unwrap()
+
+
 def check_pem(file_name: str, label: str, path: str) -> None:
     """Refuse a file that cannot be read or holds nothing of the kind: OpenSSL would not say which file it means."""
     try:
@@ -3010,6 +3051,7 @@ class State(NamedTuple):
     catalogue: Mapping[Tuple[str, str], Tuple[Target, ...]]  # what each configured name means, by name and API
     has_places: bool  # a response id has more than one place where it may have been issued
     ticket_secret: bytes  # the same in all workers
+    tls: Optional[ssl.SSLContext] = None  # of our own certificate
 
     def targets(self, model: str, api: str) -> Tuple[Target, ...]:
         known = self.catalogue.get((model, api))
@@ -3251,6 +3293,7 @@ class ClientConnection:
         self._head_bytes = b""  # of the answer, until its first bytes leave with it
         self.is_delimited_by_close = False  # the answer ends with the connection (HTTP/1.0)
         self._aborted = False  # close without a clean end once the rest is out
+        self._handshaking = isinstance(sock, ssl.SSLSocket)
         self.deadline = loop.now + app.state.config.limits.header_timeout_s
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
         self._stall_deadline = math.inf
@@ -3268,7 +3311,31 @@ class ClientConnection:
             events |= selectors.EVENT_WRITE
         self.loop.watch(self.sock, events, self._on_ready)
 
+    def _shake_hands(self) -> None:
+        """Take a step of the TLS handshake.  All of it has the time for a head, as the wait for the first byte has."""
+        try:
+            self.sock.do_handshake()  # type: ignore[attr-defined]
+        except ssl.SSLWantReadError:
+            self.loop.watch(self.sock, selectors.EVENT_READ, self._on_ready)
+        except ssl.SSLWantWriteError:
+            self.loop.watch(self.sock, selectors.EVENT_WRITE, self._on_ready)
+        except OSError as error:
+            if getattr(error, "reason", None) != "HTTP_REQUEST":
+                self.close()
+                return
+            self._handshaking = False
+            self.loop.watch(self.sock, 0, self._on_ready)
+            self.sock = socket.socket(fileno=self.sock.detach())
+            self.sock.setblocking(False)
+            self.refuse(MalformedHTTP("this is plain HTTP on a TLS port; use https:// in the base URL"))
+        else:
+            self._handshaking = False
+            self._watch()
+
     def _on_ready(self, events: int) -> None:
+        if self._handshaking:
+            self._shake_hands()
+            return
         if events & selectors.EVENT_WRITE:
             self._flush()
         if events & selectors.EVENT_READ and not self.is_closed:
@@ -3464,6 +3531,8 @@ class ClientConnection:
         self._watch()
 
     def _flush(self) -> None:
+        # There is room: the client reads.  What TLS has taken of a piece is counted only when it has taken all of it.
+        self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
         while self._out:
             view = self._out[0]
             try:
@@ -3473,7 +3542,6 @@ class ClientConnection:
             except OSError:
                 self.close()
                 return
-            self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
             self.out_bytes -= sent
             if sent < len(view):
                 self._out[0] = view[sent:]
@@ -3520,6 +3588,7 @@ class ClientConnection:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
         and a reset can destroy the answer on its way (RFC 9112 9.6)."""
         self.deadline = self.loop.now + LINGER_S
+        say_goodbye(self.sock)
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -3551,6 +3620,8 @@ class ClientConnection:
             return
         self.is_closed = True
         self.loop.watch(self.sock, 0, self._on_ready)
+        if not (self.exchange or self._aborted or self._out):
+            say_goodbye(self.sock)
         with contextlib.suppress(OSError):
             self.sock.close()
         self._out.clear()
@@ -3602,7 +3673,10 @@ class ClientConnection:
         return self.exchange is not None or bool(self._out)
 
     def refuse(self, error: ProxyError) -> None:
-        """Answer before anything was asked."""
+        """Answer before anything was asked; close where a TLS handshake would have to come before that."""
+        if self._handshaking:
+            self.close()
+            return
         self.phase = Phase.HEAD
         self._refuse(error)
 
@@ -4753,6 +4827,12 @@ class Server(http.server.ThreadingHTTPServer, Application):
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.state.tls:
+                try:
+                    sock = self.state.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                except OSError:  # it has left already
+                    sock.close()
+                    continue
             self._welcome(sock, str(address[0]))
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
@@ -5401,7 +5481,8 @@ def say(text: str, fd: int = 1) -> None:
 def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes) -> State:
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
     has_places = len(places_of(config, None)) > 1
-    return State(config, Transport(config, demo.connect), catalogue, has_places, ticket_secret)
+    tls = make_server_context(config.tls) if config.tls else None
+    return State(config, Transport(config, demo.connect), catalogue, has_places, ticket_secret, tls)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -5481,7 +5562,8 @@ def share_of(state: State, workers: int) -> State:
 def announce(config: Config, listener: socket.socket) -> None:
     """Say on stdout where we listen, the real port first, and what is served."""
     host, port = listener.getsockname()[:2]
-    say(f"plexus_lite {__version__} listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    scheme = "https" if config.tls else "http"
+    say(f"plexus_lite {__version__} listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     for name, provider in config.providers.items():
         urls = ", ".join(dict.fromkeys(url for urls in provider.api_base_url.values() for url in urls))
         say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")

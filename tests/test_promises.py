@@ -24,6 +24,7 @@ OPTIONAL = {"compression", "fcntl", "grp", "msvcrt", "pwd", "resource", "syslog"
 OPTIONS = ("--config", "--host", "--port", "--log-file", "--log-level", "--json", "--version", "--help")
 SETTINGS: Tuple[Any, ...] = (
     plexus_lite.Config,
+    plexus_lite.Tls,
     plexus_lite.Key,
     plexus_lite.Provider,
     plexus_lite.Alias,

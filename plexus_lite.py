@@ -2396,8 +2396,6 @@ def receive(sock: socket.socket) -> Optional[bytes]:
                 parts.append(sock.recv(RECEIVE_BYTES))
             data = b"".join(parts)
         return data
-    except ssl.SSLWantWriteError:  # asked for new keys, and does not read: waiting for bytes would spin
-        raise
     except BLOCKED:
         return None
 

@@ -2830,25 +2830,20 @@ def make_tls_context(provider: Provider) -> ssl.SSLContext:
 
 def make_server_context(tls: Tls) -> ssl.SSLContext:
     """Return what our own certificate is shown with, TLS 1.2 at least; ConfigError if its files cannot be used."""
+    key = tls.key or tls.cert
 
     def refuse_password() -> str:  # OpenSSL would ask for it on the terminal
-        raise ConfigError("tls", f"the private key in {tls.key or tls.cert} is encrypted; `openssl pkey` decrypts it")
+        raise ConfigError("tls", f"the private key in {key} is encrypted; `openssl pkey` decrypts it")
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # costs us more than the client, and reads would have to write
     context.set_alpn_protocols(["http/1.1"])
-    for name, path in (("cert", tls.cert), ("key", tls.key or tls.cert)):
-        try:
-            open(path, "rb").close()
-        except OSError as error:
-            raise ConfigError(f"tls.{name}", f"cannot read {path}: {error.strerror}") from None
     try:
-        context.load_cert_chain(tls.cert, tls.key, refuse_password)
-    except ssl.SSLError as error:
-        problem = "; these two do not match" if error.reason == "KEY_VALUES_MISMATCH" else ""
-        wanted = f"expected a PEM certificate in {tls.cert} and its private key in {tls.key or tls.cert}"
-        raise ConfigError("tls", wanted + problem) from None
+        context.load_cert_chain(tls.cert, key, refuse_password)
+    except OSError as error:  # ssl.SSLError is one; its reason is KEY_VALUES_MISMATCH, or just "PEM lib"
+        reason = getattr(error, "reason", None) or error.strerror
+        raise ConfigError("tls", f"no PEM certificate in {tls.cert} with its private key in {key}: {reason}") from None
     return context
 
 
@@ -2966,8 +2961,6 @@ def der_items(data: bytes) -> List[Tuple[int, bytes]]:
 class ZstdFrame:
     """zlib.decompressobj's interface to a frame, by the system's libzstd.  Frees what it takes before it returns."""
 
-    PIECE_BYTES: Final = 128 * KIB  # a block of the format: the output grows by what is there, not by what is claimed
-
     def __init__(self, library: Any) -> None:
         self._library = library
         self.eof = False
@@ -2977,7 +2970,8 @@ class ZstdFrame:
         import ctypes
 
         library, size_t, out = self._library, ctypes.c_size_t, bytearray()
-        source, piece = ctypes.create_string_buffer(bytes(raw), len(raw)), ctypes.create_string_buffer(self.PIECE_BYTES)
+        source = ctypes.create_string_buffer(bytes(raw), len(raw))
+        piece = ctypes.create_string_buffer(128 * KIB)  # a block: the output grows by what is there, not by claims
         given = (size_t * 3)(ctypes.addressof(source), len(raw), 0)  # ZSTD_inBuffer: address, size, position
         context = library.ZSTD_createDStream()
         if not context:

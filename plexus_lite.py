@@ -2636,7 +2636,7 @@ class Attempt(NamedTuple):
         except ssl.SSLCertVerificationError:
             raise
         except OSError as error:
-            raise UpstreamError(f"no {phase}: {reason_of(error, self.provider)}") from None
+            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
 
     def wait(self, sock: socket.socket, events: int) -> None:
         """Wait until *sock* is ready for *events* (selectors' bits).
@@ -2656,13 +2656,13 @@ class Attempt(NamedTuple):
                     return
 
 
-def reason_of(error: OSError, provider: Provider) -> str:
-    """Return what went wrong in words; of what TLS says, what it means for *provider*."""
+def reason_of(error: OSError, path: str = "") -> str:
+    """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
     text = error.strerror or str(error) or type(error).__name__
     if isinstance(error, ssl.SSLError):
         for words, meaning in TLS_FAILURES:
             if re.search(words, text):
-                return meaning.format(f"providers.{provider.name}")
+                return meaning.format(path)
         return re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
     return text
 
@@ -2806,45 +2806,37 @@ def make_tls_context(provider: Provider) -> ssl.SSLContext:
         try:
             context.load_verify_locations(provider.ca_file)
         except ssl.SSLError as error:
-            raise ConfigError(
-                f"{path}.ca_file", f"cannot use {provider.ca_file}: {reason_of(error, provider)}"
-            ) from None
-    if provider.client_cert is None:
-        if provider.client_key is not None:
-            raise ConfigError(f"{path}.client_key", "there is no client_cert to go with it")
-        return context
-    key_file, where = provider.client_key or provider.client_cert, f"{path}.client_key"
-    check_pem(provider.client_cert, "CERTIFICATE", f"{path}.client_cert")
-    check_pem(key_file, "PRIVATE KEY", where)
-
-    def ask_password() -> bytes:  # without it OpenSSL would ask on the terminal
-        raise ConfigError(where, f"the key in {key_file} is encrypted; it must not be")
-
-    try:
-        context.load_cert_chain(provider.client_cert, key_file, ask_password)
-    except ssl.SSLError as error:
-        reason = f"cannot use {key_file} with {provider.client_cert}: {reason_of(error, provider)}"
-        raise ConfigError(where, reason) from None
+            raise ConfigError(f"{path}.ca_file", f"cannot use {provider.ca_file}: {reason_of(error)}") from None
+    if provider.client_cert is not None:
+        load_key_pair(context, provider.client_cert, provider.client_key, f"{path}.client_")
+    elif provider.client_key is not None:
+        raise ConfigError(f"{path}.client_key", "there is no client_cert to go with it")
     return context
 
 
 def make_server_context(tls: Tls) -> ssl.SSLContext:
     """Return what our own certificate is shown with, TLS 1.2 at least; ConfigError if its files cannot be used."""
-    key = tls.key or tls.cert
-
-    def refuse_password() -> str:  # OpenSSL would ask for it on the terminal
-        raise ConfigError("tls", f"the private key in {key} is encrypted; `openssl pkey` decrypts it")
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # costs us more than the client, and reads would have to write
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(tls.cert, key, refuse_password)
-    except OSError as error:  # ssl.SSLError is one; its reason is KEY_VALUES_MISMATCH, or just "PEM lib"
-        reason = getattr(error, "reason", None) or error.strerror
-        raise ConfigError("tls", f"no PEM certificate in {tls.cert} with its private key in {key}: {reason}") from None
+    load_key_pair(context, tls.cert, tls.key, "tls.")
     return context
+
+
+def load_key_pair(context: ssl.SSLContext, cert: str, key: Optional[str], path: str) -> None:
+    """Load the PEM files *cert* and *key* (None: it is in *cert*), which *path*cert and *path*key name."""
+    key, where = key or cert, path + "key"
+    check_pem(cert, "CERTIFICATE", path + "cert")
+    check_pem(key, "PRIVATE KEY", where)
+
+    def refuse_password() -> str:  # without it OpenSSL would ask on the terminal
+        raise ConfigError(where, f"the key in {key} is encrypted; `openssl pkey` decrypts it")
+
+    try:
+        context.load_cert_chain(cert, key, refuse_password)
+    except ssl.SSLError as error:
+        raise ConfigError(where, f"cannot use {key} with {cert}: {reason_of(error)}") from None
 
 
 def say_goodbye(sock: socket.socket) -> None:
@@ -3734,7 +3726,9 @@ class Answer:
         try:
             data = receive(upstream.sock)
         except OSError as error:
-            self._broken(f"{self._host()} broke the connection: {reason_of(error, self.target.provider)}")
+            self._broken(
+                f"{self._host()} broke the connection: {reason_of(error, f'providers.{self.target.provider.name}')}"
+            )
             return
         if data is None:
             return

@@ -256,7 +256,7 @@ class CertificateTest(unittest.TestCase):
             self.write("cert.pem", OTHER_KEY)
             proxy.process.send_signal(signal.SIGHUP)
             record = proxy.wait_for_record(lambda record: "not reloaded" in record.get("message", ""))
-            self.assertIn(f"tls: no PEM certificate in {path}", record["message"])
+            self.assertIn(f"tls.cert: {path} holds no -----BEGIN CERTIFICATE-----", record["message"])
             self.assertEqual(certificate(proxy.port), OTHER_CERT)
             client.send(build_request("GET", "/v1/models"))  # a connection from before
             self.assertEqual(client.read_answer().status, 200)
@@ -270,22 +270,22 @@ class CertificateTest(unittest.TestCase):
         plexus_lite.make_server_context(plexus_lite.Tls(cert, key))
         plexus_lite.make_server_context(plexus_lite.Tls(self.write("both.pem", OTHER_CERT + OTHER_KEY)))
         for one, other, message in (
-            (self.folder, None, "tls: no PEM certificate in "),
-            (cert + "x", None, ": No such file or directory"),
-            (cert, key + "x", ": No such file or directory"),
-            (cert, None, "tls: no PEM certificate in "),
-            (cert, cert, "tls: no PEM certificate in "),
-            (key, key, "tls: no PEM certificate in "),
-            (noise, key, "tls: no PEM certificate in "),
-            (cert, noise, "tls: no PEM certificate in "),
-            (SERVER_FILE, key, ": KEY_VALUES_MISMATCH"),
-            (cert, encrypted, "tls: the private key in "),
+            (self.folder, None, "tls.cert: cannot read "),
+            (cert + "x", None, "tls.cert: cannot read "),
+            (cert, key + "x", "tls.key: cannot read "),
+            (cert, None, "tls.key: {} holds no -----BEGIN PRIVATE KEY-----"),
+            (key, key, "tls.cert: {} holds no -----BEGIN CERTIFICATE-----"),
+            (noise, key, "tls.cert: {} holds no -----BEGIN CERTIFICATE-----"),
+            (cert, noise, "tls.key: {} holds no -----BEGIN PRIVATE KEY-----"),
+            (SERVER_FILE, key, "the key does not match the certificate"),
+            (cert, encrypted, "tls.key: the key in {} is encrypted"),
         ):
             with self.subTest(message, cert=one, key=other):
                 with self.assertRaises(plexus_lite.ConfigError) as caught:
                     plexus_lite.make_server_context(plexus_lite.Tls(one, other))
-                self.assertIn(message, str(caught.exception))
-                self.assertIn(other or one, str(caught.exception))
+                named = one if message.startswith("tls.cert") else other or one
+                self.assertIn(message.format(named), str(caught.exception))
+                self.assertIn(named, str(caught.exception))
 
     def test_at_the_start_it_is_one_line_and_exit_code_2(self):
         config = self.write("config.json", '{"tls": {"cert": "nowhere.pem"}, "providers": {"p": {"models": ["m"], ')
@@ -293,8 +293,7 @@ class CertificateTest(unittest.TestCase):
             file.write('"api_base_url": "demo://"}}}')
         done = run_cli("--config", config)
         self.assertEqual((done.returncode, done.stdout), (plexus_lite.EXIT_USAGE, ""))
-        line = "no PEM certificate in nowhere.pem with its private key in nowhere.pem: No such file or directory"
-        self.assertEqual(done.stderr, f"{config}: tls: {line}\n")
+        self.assertEqual(done.stderr, f"{config}: tls.cert: cannot read nowhere.pem: No such file or directory\n")
 
 
 if __name__ == "__main__":

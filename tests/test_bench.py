@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from unittest import mock
 
 from tests import bench, bench_view
-from tests.bench_upstream import BEGIN, EVENT, FINISH
+from tests.bench_upstream import BEGIN, EVENT, FINISH, read_requests
 from tests.bench_view import Row
 
 TINY = bench.Scale(
@@ -131,6 +131,9 @@ class AnswerTest(unittest.TestCase):
         inside = len(BEGIN) + first.index(b"@0000") + 9
         self.assertEqual((True, 2e-6, 2e-6, [1.6e-6, 1.5e-6]), self.read(BEGIN + first + second + FINISH, inside))
 
+        behind = len(BEGIN) + first.index(b"@xxx") + 1
+        self.assertEqual((True, 1e-6, 2e-6, [6e-7, 1.5e-6]), self.read(BEGIN + first + second + FINISH, behind))
+
     def test_only_what_is_complete_and_in_order_is_whole(self):
         first, second = EVENT % (0, 0), EVENT % (0, 1)
         for name, raw, wanted in (
@@ -157,6 +160,16 @@ class BodyTest(unittest.TestCase):
     def test_has_the_size_that_was_asked_for(self):
         for size in (bench.SMALL_BYTES, bench.USUAL_BYTES, *bench.FULL.growth_bytes[:4]):
             self.assertEqual(size, len(bench.make_body(size)))
+
+
+class UpstreamTest(unittest.TestCase):
+    def test_a_request_is_complete_when_its_body_is(self):
+        reader = read_requests()
+        next(reader)
+        for size in (1, 700, 1):  # one after another, byte by byte
+            request = bench.render(b"\n" * size, 3, 0.25)
+            plans = [reader.send(request[place : place + 1]) for place in range(len(request))]
+            self.assertEqual([None] * (len(request) - 1) + [(3, 250_000_000)], plans)
 
 
 class CommandTest(unittest.TestCase):
@@ -204,6 +217,7 @@ class RealTest(unittest.TestCase):
                     self.assertEqual(["direct", "plexus_lite"], list(values))
                     self.assertTrue(all(one > 0 for rounds in values.values() for one in rounds), values)
         self.assertEqual({"direct": [1.0], "plexus_lite": [1.0]}, usual.values["whole"])
+        self.assertGreaterEqual(min(min(rounds) for rounds in usual.values["stretch"].values()), 1.0, "not paced")
 
     def test_what_fails_is_a_problem_and_no_figure(self):
         with socket.socket() as closed, bench.upstream() as port:

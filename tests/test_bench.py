@@ -1,5 +1,6 @@
 """tests.bench with canned figures, and once for real with very few requests.  The real one: python -m tests.bench"""
 
+import contextlib
 import io
 import json
 import math
@@ -8,7 +9,6 @@ import socket
 import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
-from contextlib import redirect_stdout
 from unittest import mock
 
 from tests import bench, bench_view
@@ -175,7 +175,11 @@ class UpstreamTest(unittest.TestCase):
 class CommandTest(unittest.TestCase):
     def run_main(self, *arguments, problems=()):
         found = dict(result(None, ttfb_small_p50={"plexus_lite": [4e-4]}), problems=list(problems))
-        with mock.patch.object(bench, "measure", return_value=found), redirect_stdout(io.StringIO()) as printed:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(bench, "measure", return_value=found))
+            stack.enter_context(mock.patch.object(bench, "raise_file_limit"))  # this process is not the bench's own
+            stack.enter_context(mock.patch.object(bench.signal, "signal"))
+            printed = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             code = bench.main(arguments)
         return code, printed.getvalue()
 

@@ -178,7 +178,7 @@ class CommandTest(unittest.TestCase):
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(bench, "measure", return_value=found))
             stack.enter_context(mock.patch.object(bench, "raise_file_limit"))  # this process is not the bench's own
-            stack.enter_context(mock.patch.object(bench.signal, "signal"))
+            stack.enter_context(mock.patch("signal.signal"))
             printed = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             code = bench.main(arguments)
         return code, printed.getvalue()

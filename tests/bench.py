@@ -195,7 +195,7 @@ ROWS = [
 STREAMS = f"streams, {1 / FULL.growth_interval_s:.0f} events/s each"
 PANELS = [
     Panel("ttfb", "TTFB beside N streams", STREAMS, FULL.growth_streams),
-    Panel("late", "added to each event of N streams", STREAMS, FULL.growth_streams),
+    Panel("late", "Added to each event of N streams", STREAMS, FULL.growth_streams),
     Panel("body", "TTFB by size of the request", "request body, bytes", FULL.growth_bytes),
 ]
 GROWTH_ROWS = [

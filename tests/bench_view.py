@@ -103,11 +103,11 @@ def draw(panels: Sequence[Panel], result: Result) -> str:
         text(14, 26, "How the cost of standing in the middle grows", ' font-size="16" font-weight="600"'),
         text(14, HEIGHT - 10, f"{heading(result)}; medians of {result['rounds']} rounds"),
     ]
-    x = 14.0
+    x = 17.0
     for name in reversed(names):
         out += draw_curve(name, "p50", [(x, 46), (x + 22, 46)])
         out.append(text(x + 30, 50, "direct: the benchmark's own share" if name == "direct" else name))
-        x += 50 + 6 * len(name)
+        x += 56 + 6 * len(name)
     out.append(text(WIDTH - 24, 50, "solid p50, dashed p99", ' text-anchor="end"'))
     for place, panel in enumerate(panels):
         out.append(f'<g transform="translate({LEFT + place * (width + GAP):.1f} {ABOVE})">')

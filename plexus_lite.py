@@ -5092,10 +5092,346 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
-# 14  Page -- the status page, one string.  May be skipped.
+# 14  Page -- PAGE, page_headers: the status page, one string, and its policy.  It shows what GET /status streams; all
+#     of that enters as text nodes and attributes, never as markup.  May be skipped.
 # ---------------------------------------------------------------------------
 
-PAGE: Final = "<!doctype html><title>plexus_lite</title>"
+PAGE: Final = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>plexus_lite: is the cache warm?</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ground: #f5f5f2; --paper: #fff; --ink: #1c2024; --mute: #59616a; --line: #dfe1dc;
+  --good: #0b7269; --half: #b35c00; --miss: #b3261e; --none: #6c737b; }
+@media (prefers-color-scheme: dark) { :root { --ground: #121517; --paper: #1a1e21; --ink: #e8eaec; --mute: #a3abb3;
+  --line: #30363b; --good: #4bbfae; --half: #e3a04a; --miss: #ff8d83; --none: #8c949c; } }
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body { max-width: 76rem; margin: auto; padding: 1rem clamp(.75rem, 2.5vw, 2rem) 2rem; overflow-wrap: anywhere;
+  font: .9375rem/1.4 system-ui, sans-serif; color: var(--ink); background: var(--ground); }
+header, form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; min-height: 2.5rem; }
+h1 { font-size: 1.25rem; } h2 { font-size: 1rem; margin-bottom: .5rem; } small { display: block; }
+small, thead th, .note, #state { font-size: .8125rem; font-weight: normal; color: var(--mute); }
+code { font: .8125rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
+#state { flex: 1; } form { margin-top: .5rem; } form p { flex: 1 12rem; }
+button, input { font: inherit; color: inherit; background: var(--paper); padding: .25rem 1rem; min-height: 2.25rem;
+  border: 1px solid var(--none); border-radius: .375rem; }
+button { min-width: 6.5rem; } summary { width: fit-content; cursor: pointer; }
+:focus-visible { outline: 2px solid var(--good); outline-offset: 2px; }
+main { display: grid; gap: 1rem; margin: 1rem 0; }
+main > *, form { position: relative; min-width: 0; padding: 1rem; background: var(--paper);
+  border: 1px solid var(--line); border-radius: .5rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; }
+.value { font-size: 1.75rem; line-height: 1.25; font-weight: 600; }
+.plot { display: grid; grid-template-columns: 2.75rem minmax(0, 1fr); gap: .5rem; margin-top: .75rem; }
+.plot > * { grid-column: 2; }
+.plot > .scale { grid-column: 1; flex-direction: column; text-align: right; margin: -.375rem 0; }
+.scale, .hours { display: flex; justify-content: space-between; font-size: .75rem; line-height: 1; color: var(--mute); }
+.hours span { flex: 1; }
+.plot svg { width: 100%; height: 3.5rem; overflow: visible; } .plot .curve { height: 7rem; }
+path { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
+path.good { stroke: currentColor; stroke-width: 2; }
+.good { color: var(--good); } .half { color: var(--half); } .miss { color: var(--miss); } .none { color: var(--none); }
+rect { fill: currentColor; } rect.pale { opacity: .22; } rect.clear { opacity: 0; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: .375rem .875rem .375rem 0; text-align: left; vertical-align: top; font-weight: normal;
+  border-top: 1px solid var(--line); }
+thead th { border: 0; padding-top: 0; white-space: nowrap; }
+tbody th { min-width: 10.5rem; } th:last-child, td:last-child { padding-right: 0; }
+.num { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.more { position: absolute; top: 1rem; right: 1rem; }
+.more:not([open]) + table tbody tr:nth-child(n + 9) { display: none; }
+.turns summary { list-style: none; } .turns svg { display: block; width: 7.5rem; height: 1.375rem; }
+ol { padding: .5rem 0 0; list-style: none; font-size: .8125rem; }
+@media (min-width: 64rem) { main { grid-template-columns: 1fr 1fr; align-items: start; }
+  .wide, section:last-child { grid-column: 1 / -1; } }
+@media (max-width: 36rem) { /* each row of a table becomes a card */
+  .tiles { grid-template-columns: 1fr 1fr; }
+  thead { position: absolute; clip-path: inset(50%); }
+  table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .375rem; padding: .625rem 0;
+    border-top: 1px solid var(--line); }
+  th, td, .num { border: 0; padding: 0; text-align: left; white-space: normal; }
+  tbody th, .long { grid-column: 1 / -1; }
+  td::before { content: attr(data-label); display: block; font-size: .75rem; color: var(--mute); }
+}
+</style>
+<header><h1>plexus_lite</h1><p id="state" role="status"></p><button id="pause" type="button">Pause</button></header>
+<form id="ask" hidden>
+  <label for="key">Key</label>
+  <input id="key" type="password" autocomplete="off" required pattern="[ -~]+" title="ASCII characters">
+  <button>Show</button>
+  <p id="why" class="note"></p>
+</form>
+<main id="view"></main>
+<footer id="about" class="note"></footer>
+<noscript>This page needs JavaScript. GET /metrics has the same figures.</noscript>
+<script>
+"use strict";
+const REASONS = new Map(Object.entries({
+  first_request: "the first request of its session: nothing of it could be cached",
+  no_session_value: "no session header and no prompt_cache_key: nothing says which machine holds the prefix",
+  below_minimum: "under 1,024 tokens: too short to be cached",
+  moved: "it went to another target than the turn before it",
+  idle: "over 5 minutes after the turn before it: the cache may have been dropped",
+  unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
+}));
+const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
+let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
+
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+const count = number => number == null ? "\u2013" : compact.format(number);
+const of = (cached, input) => `${count(cached)} of ${count(input)}`;
+const share = (cached, input) => input && cached != null ? cached / input : null;
+const percent = part => part == null ? "\u2013" : (100 * part).toFixed(1) + "\u00a0%";
+const grade = part => part == null ? "none" : part >= .8 ? "good" : part >= .5 ? "half" : "miss";
+const sum = (rows, column) => rows.reduce((total, row) => total + row[column], 0);
+const known = rows => rows.filter(row => row[2] != null); // rows: [time, input tokens, cached tokens, ...]
+const rate = rows => share(sum(known(rows), 2), sum(known(rows), 1));
+
+function clock(at, length = 8) {
+  const date = new Date(1000 * at), time = date.toLocaleTimeString("en-GB").slice(0, length);
+  const day = date.toLocaleDateString("en-GB", {day: "numeric", month: "short"});
+  return latest.now - at < 20 * 3600 ? time : `${day}, ${time}`;
+}
+
+function explain(reason, place) {
+  if (reason !== "prefix_changed") return REASONS.get(reason) || "";
+  const what = place == null ? "something" : typeof place === "number" ? "input item " + place : "the " + place;
+  return what + " changed: everything from there on must be read again";
+}
+
+function el(tag, attributes, ...children) {
+  const drawn = ["svg", "g", "rect", "path", "title"].includes(tag);
+  const node = document.createElementNS(`http://www.w3.org/${drawn ? "2000/svg" : "1999/xhtml"}`, tag);
+  for (const [name, value] of Object.entries(attributes)) if (value != null) node.setAttribute(name, value);
+  node.append(...children.flat(3).filter(child => child != null && child !== false)); // strings become text nodes
+  return node;
+}
+
+// Make *old* like *fresh* and keep every node that can stay: focus, selection and what is unfolded live in the nodes.
+function patch(old, fresh) {
+  for (const {name} of [...old.attributes]) if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const {name, value} of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  const rows = new Map([...old.children].map(child => [child.dataset.row, child])), wanted = [...fresh.childNodes];
+  wanted.forEach((child, place) => {
+    const here = old.childNodes[place] || null, row = child.dataset?.row, mine = row ? rows.get(row) : here;
+    rows.delete(row);
+    if (mine?.nodeName !== child.nodeName) return old.insertBefore(child, here);
+    if (mine !== here) old.insertBefore(mine, here);
+    if (child.nodeType === Node.ELEMENT_NODE) patch(mine, child);
+    else if (mine.data !== child.data) mine.data = child.data;
+  });
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
+}
+
+// columns: [heading, row => what its cell shows, class]; the first cell heads its row.  CSS folds away a long rest.
+function table(title, empty, rows, name, columns) {
+  const cell = row => ([label, show, kind], place) => place
+    ? el("td", {role: "cell", class: kind, "data-label": label}, show(row))
+    : el("th", {role: "rowheader", scope: "row"}, show(row));
+  const head = ([label, , kind]) => el("th", {role: "columnheader", scope: "col", class: kind}, label);
+  return el("section", {"aria-label": title}, el("h2", {}, title), !rows.length && el("p", {class: "note"}, empty),
+    rows.length > 8 && el("details", {class: "more note"}, el("summary", {}, `all ${rows.length}`)),
+    rows.length > 0 && el("table", {role: "table"},
+      el("thead", {role: "rowgroup"}, el("tr", {role: "row"}, columns.map(head))),
+      el("tbody", {role: "rowgroup"}, rows.map(row =>
+        el("tr", {role: "row", "data-row": name(row)}, columns.map(cell(row)))))));
+}
+
+const rect = (kind, x, width, height) => el("rect", {class: kind, x, width, y: 100 - height, height});
+const svg = (kind, width, attributes, ...children) => // *width* by 100 units, stretched to any size
+  el("svg", {class: kind, viewBox: `0 0 ${width} 100`, preserveAspectRatio: "none", ...attributes}, children);
+
+function turns(session) {
+  const told = session.turns.map(([at, input, cached, reason]) => `${clock(at)}: ${percent(share(cached, input))}, `
+    + of(cached, input) + (reason ? `; ${reason}: ${explain(reason)}` : ""));
+  const bars = session.turns.map(([, input, cached, reason], place) => {
+    const part = share(cached, input), kind = reason === "first_request" ? "none" : grade(part);
+    return el("g", {}, el("title", {}, told[place]),
+      rect(kind + " pale", 8 * place, 6, 100), rect(kind, 8 * place, 6, 8 + 92 * part));
+  });
+  return el("details", {class: "turns"},
+    el("summary", {"aria-label": `turns: ${told.length}, the last at ${told.slice(-1)}`},
+      svg("", 160, {"aria-hidden": true}, bars)),
+    el("ol", {}, told.map(text => el("li", {}, text))));
+}
+
+// Two plots with a column for each minute: the share that came from the cache, and the tokens.
+function plot(minutes, first) {
+  const most = Math.max(0, ...minutes.map(minute => minute[1])), rates = [], loads = [];
+  let step = "", before = 0, worst = minutes[0];
+  for (const [at, input, cached, requests] of minutes) {
+    const x = (at - first) / 60, part = share(cached, input);
+    const text = `${clock(at, 5)}: ${percent(part)}, ${of(cached, input)} tokens, requests: ${requests}`;
+    rates.push(rect("good pale", x, 1, 100 * part), el("g", {}, el("title", {}, text), rect("clear", x, 1, 100)));
+    loads.push(rect("half", x + .1, .8, 100 * input / most), rect("good", x + .1, .8, 100 * cached / most));
+    step += (at - before === 60 ? "V" : `M${x} `) + (100 - 100 * part) + "h1";
+    before = at;
+    if (part < rate([worst])) worst = [at, input, cached];
+  }
+  const text = most ? `${percent(rate(minutes))} of ${count(sum(minutes, 1))} input tokens came from the cache; the `
+    + `worst minute was ${clock(worst[0], 5)} with ${percent(rate([worst]))}.` : "No tokens in this hour.";
+  const axis = (kind, ...marks) => el("div", {class: kind}, marks.map(mark => el("span", {}, mark)));
+  return el("figure", {class: "wide"}, el("h2", {}, "The last hour"), el("figcaption", {class: "note"}, text),
+    el("div", {class: "plot"}, el("p", {class: "note"}, "Hit rate"), axis("scale", "100 %", "50 %", "0 %"),
+      svg("curve", 60, {role: "img", "aria-label": "Hit rate by the minute: " + text},
+        el("path", {d: "M0 0H60M0 50H60M0 100H60"}), rates, el("path", {class: "good", d: step})),
+      el("p", {class: "note"}, "Input tokens a minute, ", el("span", {class: "good"}, "\u25a0 from the cache"),
+        ", ", el("span", {class: "half"}, "\u25a0 read anew")), axis("scale", most ? count(most) : "", "0"),
+      svg("load", 60, {role: "img", "aria-label": "Input tokens by the minute, at most " + count(most)},
+        el("path", {d: "M0 0H60M0 100H60"}), loads),
+      axis("hours", ...[0, 15, 30, 45].map(minute => clock(first + 60 * minute, 5)))));
+}
+
+function tiles(d, recent) {
+  const total = d.totals, part = rate(recent);
+  const tile = (name, value, note, kind = "") => el("div", {}, el("dt", {}, name),
+    el("dd", {class: "value " + kind}, value), el("dd", {class: "note"}, note));
+  return el("dl", {class: "wide tiles"},
+    tile("Hit rate now", percent(part), part == null ? "no tokens in 5 minutes" : "of the last 5 minutes", grade(part)),
+    tile("Tokens saved", count(total.cached_tokens), `of ${count(total.input_tokens)} since ${clock(d.started, 5)}`),
+    d.saved != null && tile("Money saved", d.saved.toFixed(2), "at the configured prices"),
+    tile("In flight", count(d.in_flight), "at this moment"),
+    tile("Requests", count(total.requests), count(total.output_tokens) + " tokens of output"),
+    tile("Errors", count(total.errors), "since the start"));
+}
+
+function tables(d, now) {
+  const number = (label, name) => [label, row => count(row[name]), "num"];
+  const hit = ["Hit rate", row => percent(share(row.cached_tokens, row.input_tokens)), "num"];
+  const named = (text, ...small) => [el("code", {}, text), el("small", {}, small.filter(Boolean).join(", "))];
+  const whose = row => [row.model, row.provider, d.all_sessions && row.key];
+  const rest_s = row => Math.ceil(row.cooling_s - now + d.now), bad = text => el("span", {class: "miss"}, text);
+  return [
+    table("Models", "No model has been asked yet.", d.models, row => row.model, [["Model", row => row.model],
+      hit, number("Saved", "cached_tokens"), number("Output", "output_tokens"), number("Requests", "requests"),
+      number("Errors", "errors")]),
+    table("Targets", "No upstream has been asked yet.", d.targets, row => row.provider + " " + row.target, [
+      ["Target", row => [row.provider, el("small", {}, row.target)]],
+      ["State", row => rest_s(row) > 0 ? bad(`cooling, ${rest_s(row)} s`) : "healthy"], hit, number("Open", "open"),
+      number("Requests", "requests"), number("Errors", "errors")]),
+    table("Latest sessions", "No session yet: one begins with a request that has a session header or prompt_cache_key.",
+      d.sessions, row => row.session + " " + row.key, [["Session", row => named(row.session, ...whose(row))],
+        ["Turns", turns, "long"], ["Hit rate", row => percent(rate(row.turns)), "num"], number("Requests", "requests"),
+        ["When", row => clock(row.last), "num"]]),
+    table("Latest misses", "No miss so far.", d.misses, row => row.ts + " " + row.session, [
+      ["Turn", row => named(row.session || "no session", clock(row.ts), ...whose(row))],
+      ["Why", row => named(row.reason, explain(row.reason, row.prefix_changed_at)), "long"],
+      ["Cached", row => of(row.cached_tokens, row.input_tokens), "num long"]]),
+    table("Latest errors", "No error so far.", d.errors, row => row.id, [
+      ["Error", row => named(`${row.status} ${row.error}`, ...whose(row))],
+      ["Request", row => named(row.id, row.route, row.target), "long"], ["When", row => clock(row.ts), "num"]]),
+  ];
+}
+
+function draw() {
+  const d = latest, now = Date.now() / 1000 + skew_s, first = 60 * Math.floor(now / 60) - 59 * 60;
+  const hour = d.minutes.filter(minute => minute[0] >= first && minute[2])
+    .map(([at, requests, input, cached]) => [at, input, cached, requests]);
+  const focused = document.activeElement;
+  patch(view, el("main", {id: "view"},
+    !d.totals.requests && el("p", {class: "wide"}, "No request yet: point a client at ",
+      el("code", {}, new URL("v1", location).href),
+      " and ask it something twice. What it repeats should come from the cache, and this page will show it."),
+    tiles(d, hour.filter(([at]) => at > now - 300)), plot(hour, first), tables(d, now)));
+  byId("about").textContent = `plexus_lite ${d.version}, workers: ${d.workers}`
+    + (d.key ? `, seen by key ${d.key}` : "") + (d.all_sessions ? "" : ": only its own sessions, misses and errors");
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true}); // it was moved
+}
+
+function stop(text) {
+  attempt += 1;
+  clearTimeout(timer); // it ends an interval too
+  stream?.close();
+  byId("state").textContent = text;
+}
+
+function lost(reason) {
+  stop(`connection lost (${reason}), next try in ${wait_s} s`);
+  timer = setTimeout(start, 1000 * wait_s);
+  wait_s = Math.min(2 * wait_s, 30);
+}
+
+function ask() {
+  stop("a key is needed");
+  byId("why").textContent = key ? "This key is not known here." : "It stays in this page's memory and ends with it.";
+  key = "";
+  form.hidden = !(view.hidden = pause.hidden = true);
+  byId("key").focus();
+}
+
+async function start() { // a ticket for the key, then a stream for the ticket
+  stop("connecting");
+  const mine = attempt;
+  try {
+    const answer = await fetch("status", {method: "POST", headers: key ? {Authorization: "Bearer " + key} : {}});
+    const said = await answer.json();
+    if (mine !== attempt) return; // stopped meanwhile
+    if (answer.status === 401) return ask();
+    if (!answer.ok) throw new Error(said.error.message);
+    stream = new EventSource("status?ticket=" + encodeURIComponent(said.ticket));
+    stream.onerror = () => lost("the stream ended");
+    stream.addEventListener("status", show);
+    timer = setInterval(() => latest && draw(), 5000); // time passes without events too
+  } catch (error) {
+    if (mine === attempt) lost(error.message);
+  }
+}
+
+function show(event) {
+  latest = JSON.parse(event.data);
+  skew_s = latest.now - Date.now() / 1000;
+  wait_s = 1;
+  view.hidden = pause.hidden = false;
+  if (byId("state").textContent !== "live") byId("state").textContent = "live"; // a screen reader says it once
+  draw();
+}
+
+form.addEventListener("submit", event => {
+  event.preventDefault();
+  key = byId("key").value;
+  form.reset();
+  form.hidden = true;
+  start();
+});
+pause.addEventListener("click", () => {
+  paused = !paused;
+  pause.textContent = paused ? "Resume" : "Pause";
+  paused ? stop("paused") : start();
+});
+function watch() { // a hidden tab costs nothing
+  if (!paused && form.hidden) document.hidden ? stop("paused") : start();
+}
+document.addEventListener("visibilitychange", watch);
+watch();
+</script>
+"""
+
+
+def page_headers(page: str) -> List[Field]:
+    """Return the fields that go out with *page*: its own style and script may run, and nothing else.
+
+    The two are named by their hashes, so that markup which found its way into the page would not run all the same;
+    require-trusted-types-for lets the browser refuse innerHTML and its kin to the script.
+    """
+    sources = []
+    for tag in ("script", "style"):
+        inline = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        sources.append(f"{tag}-src 'sha256-{digest}'")
+    policy = ["default-src 'none'", *sources, "connect-src 'self'", "img-src data:", "base-uri 'none'"]
+    policy += ["form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"]
+    return [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", "; ".join(policy)),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-store"),
+    ]
+
 
 # ---------------------------------------------------------------------------
 # 15  Report -- Report, read_logs: what access logs say of the cache, for `report`.  May be skipped.

@@ -9,26 +9,17 @@ One browser visits three pages, one after the other; each tries everything and r
 
 import http.server
 import json
-import os
-import shutil
-import signal
 import socketserver
-import subprocess
 import tempfile
 import threading
 import unittest
 import urllib.request
 from typing import Any, Dict, List, Optional
 
+from tests.browser import HAS_BROWSER, NO_BROWSER, start_chromium, stop_chromium
 from tests.support import FakeUpstream, Proxy, make_config
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PAGES_LIMIT_S = 25.0  # for all three; they take about three seconds
-OPTIONS = (
-    ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--no-proxy-server")
-    + ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions")
-    + ("--disable-dev-shm-usage", "--host-resolver-rules=MAP *.test 127.0.0.1")
-)
 
 # run(name, promise) notes "ok", what was read, or the error; next() reports and goes to the next page.
 SCRIPT = """<!DOCTYPE html><html><body><script>
@@ -165,22 +156,15 @@ class SiteHandler(http.server.BaseHTTPRequestHandler):
 def browse(site: Site, pages: int) -> None:
     """Open the first page and wait until *pages* of them have reported."""
     folder = tempfile.mkdtemp(prefix="plexus-browser-")
-    command = [str(CHROMIUM), *OPTIONS, "--user-data-dir=" + folder, site.url("attacker.test")]
-    environment = dict(os.environ, HOME=folder)
-    browser = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    browser = start_chromium(folder, [site.url("attacker.test")])
     try:
         with site.changed:
             site.changed.wait_for(lambda: len(site.reports) >= pages or browser.poll() is not None, PAGES_LIMIT_S)
     finally:
-        os.killpg(browser.pid, signal.SIGKILL)  # its own session: the browser and the processes it started
-        browser.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
+        stop_chromium(browser, folder)
 
 
-@unittest.skipUnless(CHROMIUM and hasattr(os, "killpg"), "no Chromium here (Debian: apt install chromium)")
+@unittest.skipUnless(HAS_BROWSER, NO_BROWSER)
 class BrowserTest(unittest.TestCase):
     """The pages are visited once; each test looks at one of them."""
 

@@ -5181,6 +5181,8 @@ const REASONS = new Map(Object.entries({
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
 let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
 
+const days = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short"});
+const times = new Intl.DateTimeFormat("en-GB", {timeStyle: "medium"});
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
 const count = number => number == null ? "\u2013" : compact.format(number);
 const of = (cached, input) => `${count(cached)} of ${count(input)}`;
@@ -5192,9 +5194,8 @@ const known = rows => rows.filter(row => row[2] != null); // rows: [time, input 
 const rate = rows => share(sum(known(rows), 2), sum(known(rows), 1));
 
 function clock(at, length = 8) {
-  const date = new Date(1000 * at), time = date.toLocaleTimeString("en-GB").slice(0, length);
-  const day = date.toLocaleDateString("en-GB", {day: "numeric", month: "short"});
-  return latest.now - at < 20 * 3600 ? time : `${day}, ${time}`;
+  const time = times.format(1000 * at).slice(0, length);
+  return latest.now - at < 20 * 3600 ? time : `${days.format(1000 * at)}, ${time}`;
 }
 
 function explain(reason, place) {
@@ -5246,8 +5247,8 @@ const svg = (kind, width, attributes, ...children) => // *width* by 100 units, s
   el("svg", {class: kind, viewBox: `0 0 ${width} 100`, preserveAspectRatio: "none", ...attributes}, children);
 
 function turns(session) {
-  const told = session.turns.map(([at, input, cached, reason]) => `${clock(at)}: ${percent(share(cached, input))}, `
-    + of(cached, input) + (reason ? `; ${reason}: ${explain(reason)}` : ""));
+  const told = session.turns.map(([at, input, cached, reason]) =>
+    `${clock(at)}: ${percent(share(cached, input))}, ${of(cached, input)}` + (reason ? ", " + reason : ""));
   const bars = session.turns.map(([, input, cached, reason], place) => {
     const part = share(cached, input), kind = reason === "first_request" ? "none" : grade(part);
     return el("g", {}, el("title", {}, told[place]),

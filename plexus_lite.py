@@ -5247,6 +5247,7 @@ const svg = (kind, width, attributes, ...children) => // *width* by 100 units, s
   el("svg", {class: kind, viewBox: `0 0 ${width} 100`, preserveAspectRatio: "none", ...attributes}, children);
 
 function turns(session) {
+  if (!session.turns.length) return "no usage known";
   const told = session.turns.map(([at, input, cached, reason]) =>
     `${clock(at)}: ${percent(share(cached, input))}, ${of(cached, input)}` + (reason ? ", " + reason : ""));
   const bars = session.turns.map(([, input, cached, reason], place) => {
@@ -5307,7 +5308,7 @@ function tables(d, now) {
   const whose = row => [row.model, row.provider, d.all_sessions && row.key];
   const rest_s = row => Math.ceil(row.cooling_s - now + d.now), bad = text => el("span", {class: "miss"}, text);
   return [
-    table("Models", "No model has been asked yet.", d.models, row => row.model, [["Model", row => row.model],
+    table("Models", "No model has been asked yet.", d.models, row => row.model, [["Model", row => row.model || "none"],
       hit, number("Saved", "cached_tokens"), number("Output", "output_tokens"), number("Requests", "requests"),
       number("Errors", "errors")]),
     table("Targets", "No upstream has been asked yet.", d.targets, row => row.provider + " " + row.target, [
@@ -5320,7 +5321,7 @@ function tables(d, now) {
         ["When", row => clock(row.last), "num"]]),
     table("Latest misses", "No miss so far.", d.misses, row => row.ts + " " + row.session, [
       ["Turn", row => named(row.session || "no session", clock(row.ts), ...whose(row))],
-      ["Why", row => named(row.reason, explain(row.reason, row.prefix_changed_at)), "long"],
+      ["Why", row => named(row.miss_reason, explain(row.miss_reason, row.prefix_changed_at)), "long"],
       ["Cached", row => of(row.cached_tokens, row.input_tokens), "num long"]]),
     table("Latest errors", "No error so far.", d.errors, row => row.id, [
       ["Error", row => named(`${row.status} ${row.error}`, ...whose(row))],
@@ -5848,7 +5849,7 @@ def serve(options: argparse.Namespace) -> int:
         workers = 1
 
     shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers))
-    page = ([("Content-Type", "text/html; charset=utf-8")], PAGE.encode("ascii"))
+    page = (page_headers(PAGE), PAGE.encode("ascii"))
 
     def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:
         bind_to_core(state.config, number)

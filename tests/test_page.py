@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import plexus_lite
 from tests.browser import HAS_BROWSER, NO_BROWSER, Browser, Tab
-from tests.support import enter
+from tests.support import Proxy, enter, post
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>&lt;b&gt;</td>'
 KEY = "sk-browser-4711"
@@ -32,7 +32,7 @@ KEY = "sk-browser-4711"
 
 def empty() -> Dict[str, Any]:
     now = time.time()
-    totals = dict.fromkeys(("requests", "errors", "input_tokens", "cached_tokens", "cache_write_tokens"), 0)
+    totals = dict.fromkeys(("requests", "errors", "input_tokens", "cached_tokens"), 0)
     return {
         "version": "1.0.0", "now": now, "started": now - 90, "workers": 1, "key": None, "all_sessions": True,
         "in_flight": 0, "totals": dict(totals, output_tokens=0), "saved": None,
@@ -84,7 +84,7 @@ def busy() -> Dict[str, Any]:
     for number, (reason, place) in enumerate(reasons):
         one = data["sessions"][number]
         row = {"ts": now - 200 * number - 9, "session": one["session"], "key": "team-a", "model": one["model"]}
-        row.update(target=used[0][2], reason=reason, prefix_changed_at=place)
+        row.update(target=used[0][2], miss_reason=reason, prefix_changed_at=place)
         tokens = 800 if reason == "below_minimum" else dice.randint(9000, 60000)
         data["misses"].append(dict(row, input_tokens=tokens, cached_tokens=tokens // 12))
     data["misses"][5]["session"] = None
@@ -92,7 +92,9 @@ def busy() -> Dict[str, Any]:
     for number, (status, error, which) in enumerate(failed):
         model, provider, url = used[which][:3]
         row = {"ts": now - 500 * number - 70, "id": f"req_{dice.getrandbits(96):024x}", "status": status}
-        row.update(error=error, route="/responses", model=model, provider=provider, target=url, session=None)
+        row.update(
+            error=error, route="/responses", model=model, provider=provider, target=url, session=None, key="team-a"
+        )
         data["errors"].append(row)
     return dict(data, started=now - 2 * 3600, in_flight=6, saved=38.217, key="team-a")
 
@@ -110,11 +112,23 @@ def add_to(rows: List[Dict[str, Any]], names: Dict[str, Any], numbers: Dict[str,
 def hostile() -> Dict[str, Any]:
     """Every string that comes from outside is markup, and every unknown is null."""
     data: Dict[str, Any] = json.loads(json.dumps(busy()), object_hook=spoil)
+    data["sessions"][1]["turns"] = []
     return data
 
 
 def spoil(members: Dict[str, Any]) -> Dict[str, Any]:
-    names = {"model", "provider", "target", "session", "key", "error", "id", "route", "reason", "prefix_changed_at"}
+    names = {
+        "model",
+        "provider",
+        "target",
+        "session",
+        "key",
+        "error",
+        "id",
+        "route",
+        "miss_reason",
+        "prefix_changed_at",
+    }
     spoiled: Dict[str, Any] = {name: HOSTILE if name in names else value for name, value in members.items()}
     for turn in spoiled.get("turns", ()):
         turn[1:] = [None, None, HOSTILE]
@@ -478,6 +492,49 @@ class ScriptedTest(PageTest):
         self.server.set(broken=False)
         self.wait_for_state("a key is needed")
         self.assertFalse(self.tab.run("document.querySelector('#view').checkVisibility()"))
+
+
+class ProxyTest(PageTest):
+    """The page and its data from the real proxy, in front of the demo upstream."""
+
+    def test_page_follows_a_session_turn_by_turn(self):
+        config = {
+            "keys": {"team": {"secret": KEY, "admin": True}},
+            "providers": {"demo": {"api_base_url": "demo://", "models": ["*"]}},
+        }
+        proxy = enter(self.addCleanup, Proxy(config))
+
+        def turn(text: str) -> None:
+            body = {"model": HOSTILE, "input": text, "prompt_cache_key": "s"}
+            self.assertEqual(200, post(proxy.port, "/v1/responses", body, key=KEY).status)
+
+        self.open(f"http://127.0.0.1:{proxy.port}/")
+        self.wait_for_state("a key is needed")
+        self.tab.type(KEY)
+        self.tab.press("Enter")
+        self.wait_for_text("point a client at")
+        turn("word " * 2000)
+        self.wait_for_text("first_request")
+        self.tab.wait_for("document.querySelector('.turns summary').ariaLabel.startsWith('turns: 1,')")
+        turn("word " * 2000)
+        self.tab.wait_for("document.querySelector('.turns summary').ariaLabel.startsWith('turns: 2,')")
+        self.assertIn("100.0\u00a0%", self.tab.run("document.querySelector('.turns summary').ariaLabel"))
+        self.assertIn("50.0\u00a0%", self.tab.run("document.querySelector('.tiles').innerText"))
+        self.assertEqual(HOSTILE, self.tab.run("document.querySelector('tbody th').textContent"))
+        self.assertQuiet("401")
+        self.assertEqual(404, post(proxy.port, "/v1/nowhere", {}, key=KEY).status)
+        self.wait_for_text("404 not_found")
+        self.assertScriptIsTrue(self.tab.run("latest"))
+
+    def assertScriptIsTrue(self, data: Dict[str, Any]) -> None:
+        """What the other tests show has the shape of what the proxy sends."""
+        script = busy()
+        self.assertEqual(set(), set(script) - set(data))
+        self.assertEqual(set(), set(script["totals"]) - set(data["totals"]))
+        self.assertEqual([len(script["minutes"][0])], [len(one) for one in data["minutes"]])
+        for name in ("models", "targets", "sessions", "misses", "errors"):
+            with self.subTest(name):
+                self.assertEqual(set(script[name][0]), set(data[name][0]))
 
 
 class HeadersTest(unittest.TestCase):

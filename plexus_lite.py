@@ -5139,11 +5139,11 @@ table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .875rem .375rem 0; text-align: left; vertical-align: top; font-weight: normal;
   border-top: 1px solid var(--line); }
 thead th { border: 0; padding-top: 0; white-space: nowrap; }
-tbody th { min-width: 10.5rem; } th:last-child, td:last-child { padding-right: 0; }
+tbody th { min-width: 11.25rem; } th:last-child, td:last-child { padding-right: 0; }
 .num { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .more { position: absolute; top: 1rem; right: 1rem; }
 .more:not([open]) + table tbody tr:nth-child(n + 9) { display: none; }
-.turns summary { list-style: none; } .turns svg { display: block; width: 7.5rem; height: 1.375rem; }
+.turns summary { list-style: none; } .turns svg { display: block; width: 7rem; height: 1.375rem; }
 ol { padding: .5rem 0 0; list-style: none; font-size: .8125rem; }
 @media (min-width: 64rem) { main { grid-template-columns: 1fr 1fr; align-items: start; }
   .wide, section:last-child { grid-column: 1 / -1; } }

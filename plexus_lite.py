@@ -73,6 +73,7 @@ import gzip
 import hashlib
 import hmac
 import http
+import http.client
 import http.server
 import ipaddress
 import json
@@ -89,6 +90,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import sys
 import textwrap
@@ -349,11 +351,9 @@ model_names: Final = a_list(a_string, "a list of model names")
 
 
 def a_secret(value: Any, path: str) -> str:
-    """Credentials travel in header fields: visible ASCII only.  Errors never show the value."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
-        raise ConfigError(path, "expected a non-empty string of visible ASCII characters")
-    if value.startswith("file:"):  # sent as it is, it would be a wrong key with a path in it
-        raise ConfigError(path, "secrets in files are not read by this version; name an environment variable: ${NAME}")
+    """Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.  Errors never show the value."""
+    if not isinstance(value, str) or not re.fullmatch(r"(?!file:)[\x21-\x7e]+|file:[^\0]+", value):
+        raise ConfigError(path, "expected a non-empty string of visible ASCII characters, or file:PATH")
     return value
 
 
@@ -388,14 +388,17 @@ def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     return tuple(value.items())
 
 
-def a_base_url(value: Any, path: str) -> str:
-    """Return *value* without a trailing slash: http(s)://host[:port][/path], or demo://."""
-    if value == "demo://":
-        return "demo://"
+def a_base_url(value: Any, path: str, own: Sequence[str] = ("demo://", "oauth://")) -> str:
+    """Return *value* without a trailing slash: http(s)://host[:port][/path], or one of our *own*."""
+    if value in own:
+        return str(value)
     parts = split_url(value, wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value))
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
     return str(value).rstrip("/")
+
+
+a_web_url: Final = functools.partial(a_base_url, own=())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
@@ -546,7 +549,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    secret: str = setting(REQUIRED, a_secret, "what the client sends", **SECRET)
+    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", **SECRET)
     models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
     admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
 
@@ -561,13 +564,20 @@ class Price:
 @dataclasses.dataclass(frozen=True)
 class Provider:
     api_base_url: Mapping[str, Tuple[str, ...]] = setting(
-        REQUIRED, base_urls, 'URL, list of replicas, or {"responses": ..., "chat": ...}; demo:// is built in'
+        REQUIRED,
+        base_urls,
+        'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below',
     )
     models: Mapping[str, FrozenSet[str]] = setting(
         REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer", **SECRET)
+    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", **SECRET)
     auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
+    auth_file: Optional[str] = setting(None, a_string, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh: bool = setting(False, a_flag, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url: str = setting("https://chatgpt.com/backend-api/codex", a_web_url, "what oauth:// stands for")
+    oauth_token_url: str = setting("https://auth.openai.com/oauth/token", a_web_url, "who renews the tokens")
+    oauth_client_id: str = setting("app_EMoamEEZ73f0CkXaXp7hrann", a_string, "for whom: the Codex CLI's public id")
     account: Optional[str] = setting(None, a_string, "who can read its encrypted_content; default: the provider")
     headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", **SECRET)
     session_headers: Tuple[str, ...] = setting(
@@ -762,17 +772,39 @@ def check_aliases(config: Config) -> None:
             raise ConfigError(f"models.{name}.targets", "expected at least one target")
 
 
-def check_keys(config: Config) -> None:
-    """Refuse two keys that cannot be told apart, and lists that name a model which does not exist."""
-    for name, key in reversed(list(config.keys.items())):
-        for other, one in config.keys.items():
+def check_secrets(keys: Mapping[str, Key]) -> None:
+    """Refuse two keys that cannot be told apart; those in files have been read."""
+    for name, key in reversed(list(keys.items())):
+        for other, one in keys.items():
             if name != other and f"{key.secret}:".startswith(f"{one.secret}:"):  # SECRET:label is the key SECRET
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
+
+
+def check_keys(config: Config) -> None:
+    """Refuse keys that cannot be told apart, and lists that name a model which does not exist."""
+    check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
             if not is_served(config, model):
                 known = ", ".join(model_list(config)) or "none"
                 raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
+
+
+def resolve_sign_in(provider: Provider) -> Provider:
+    """Return *provider* with the URL that its oauth:// stands for, and "oauth" as its auth."""
+    where = f"providers.{provider.name}"
+    is_oauth = any("oauth://" in urls for urls in provider.api_base_url.values())
+    if is_oauth:
+        misplaced = "api_key" if provider.api_key else "auth" if provider.auth != "key" else None
+    else:
+        misplaced = "auth_file" if provider.auth_file else "oauth_refresh" if provider.oauth_refresh else None
+    if misplaced:
+        raise ConfigError(f"{where}.{misplaced}", f"goes {'not' if is_oauth else 'only'} with oauth://")
+    if not is_oauth:
+        return provider
+    if provider.api_base_url != {"responses": ("oauth://",)}:
+        raise ConfigError(f"{where}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+    return dataclasses.replace(provider, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
 
 def parse_config(value: Any) -> Config:
@@ -781,6 +813,7 @@ def parse_config(value: Any) -> Config:
     if not config.providers:
         raise ConfigError("providers", "expected at least one provider")
     named = {name: dataclasses.replace(provider, name=name) for name, provider in config.providers.items()}
+    named = {name: resolve_sign_in(provider) for name, provider in named.items()}
     config = dataclasses.replace(config, providers=named)
     check_aliases(config)
     check_keys(config)
@@ -1463,14 +1496,15 @@ def outbound_fields(
     session: Session,
     request_id: Optional[str],
     *,
+    credential: Sequence[Field] = (),
     keep_turn_state: bool = True,
     keep_encoding: bool = True,
     key_fields: FrozenSet[str] = frozenset(),
 ) -> List[Field]:
     """Return the fields that go upstream, but for Host and Content-Length, which the transport sets.
 
-    *headers* are the client's end-to-end fields.  *request_id* is the fallback for x-client-request-id,
-    *key_fields* those in which keys of our own were found.
+    *headers* are the client's end-to-end fields.  *request_id* is the fallback for x-client-request-id, *credential*
+    what stands for us at the provider, *key_fields* are those in which keys of our own were found.
     """
     static = {name.lower() for name, _ in provider.headers}
     dropped = REBUILT | static
@@ -1494,8 +1528,7 @@ def outbound_fields(
     for name in (*provider.session_headers, *provider.affinity_headers):
         add(name, session.value)
     add("x-client-request-id", request_id)
-    if provider.auth != "passthrough" and provider.api_key and "authorization" not in static:
-        fields.append(("Authorization", "Bearer " + provider.api_key))
+    fields += [field for field in credential if field[0].lower() not in static]
     if "accept-encoding" not in static:
         fields.append(("Accept-Encoding", "identity"))
     return fields + list(provider.headers)
@@ -2351,8 +2384,296 @@ def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 8  Credentials -- where a credential comes from besides the configuration.
+# 8  Credentials -- Credentials, SignIn, WatchedFile, read_tokens: keys in files, Codex sign-ins.  Asks the issuer of
+#    tokens through a function of room 9.
 # ---------------------------------------------------------------------------
+
+FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
+RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI has the same
+RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
+LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
+Warn = Callable[[str], None]
+AskIssuer = Callable[[Provider, bytes], Tuple[int, bytes]]  # sends a form; returns status and body of the answer
+
+
+class WatchedFile:
+    """A small file that is read again when it has changed; while it cannot be used, its last good content is."""
+
+    def __init__(self, path: str, where: str, parse: Callable[[bytes], Any], warn: Warn) -> None:
+        """*where* is its place in the configuration; *parse* makes a value of the content, or raises ValueError."""
+        self.path = path
+        self.value: Any = None  # of the last good content
+        self.problem: Optional[str] = None  # why the present content is not used
+        self._where, self._parse, self._warn = where, parse, warn
+        self._lock = threading.Lock()  # one reader at a time
+        self._look_at = -math.inf
+        self._seen: Tuple[int, ...] = ()
+        self._content = b""
+        self.look()
+
+    def get(self) -> Any:
+        """Return the value; the file is looked at once a second at most."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + FILE_CHECK_S
+            self.look()
+        return self.value
+
+    def look(self) -> None:
+        with self._lock:
+            problem = None
+            try:
+                found = os.stat(self.path)
+                seen = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
+                if seen == self._seen:
+                    return
+                self._seen = seen
+                if not stat.S_ISREG(found.st_mode):  # to open a FIFO could take for ever
+                    raise ValueError("is not a regular file")
+                with open(self.path, "rb") as file:
+                    content = file.read(MIB)
+                if self.value is None or content != self._content:  # touched only: a value newer than the file stays
+                    self.value, self._content = self._parse(content), content
+                if os.name == "posix" and found.st_mode & 0o077:
+                    self._warn(
+                        f"{self._where}: others may use {self.path} (mode {found.st_mode & 0o777:04o}); chmod 600"
+                    )
+            except OSError as error:
+                self._seen, problem = (), f"cannot be read: {error.strerror}"
+            except (ValueError, RecursionError) as error:
+                problem = str(error)
+            if problem and problem != self.problem:
+                kept = "" if self.value is None else "; what it held before stays in use"
+                self._warn(f"{self._where}: {self.path}: {problem}{kept}")
+            self.problem = problem
+
+
+def is_visible(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]+", value) is not None
+
+
+def read_secret(content: bytes) -> str:
+    text = content.decode("latin-1").rstrip("\r\n")
+    if not is_visible(text):
+        raise ValueError("must hold one line of visible ASCII characters" if text else "is empty")
+    return text
+
+
+@dataclasses.dataclass(frozen=True, repr=False)  # a repr would show them
+class Tokens:
+    """What the auth.json of a Codex CLI holds."""
+
+    auth: Dict[str, Any]  # all of it, with the members that mean nothing here
+    fields: Tuple[Field, ...]  # what a request carries
+    refresh: str  # "" for none
+    expires: float  # Unix time; math.inf if the access token does not say
+
+
+def read_tokens(auth: Any) -> Tokens:
+    """Return what the decoded auth.json holds; ValueError if there is no access token in it."""
+    found = auth.get("tokens") if isinstance(auth, dict) else None
+    tokens = {name: text for name, text in found.items() if is_visible(text)} if isinstance(found, dict) else {}
+    if "access_token" not in tokens:
+        raise ValueError("holds no access token; `codex login` writes one")
+    claims = [jwt_claims(tokens.get(name, "")) for name in ("access_token", "id_token")]
+    accounts = [one.get("https://api.openai.com/auth") for one in claims]
+    named = [tokens.get("account_id"), *(one.get("chatgpt_account_id") for one in accounts if isinstance(one, dict))]
+    fields = [("Authorization", "Bearer " + tokens["access_token"])]
+    fields += [("chatgpt-account-id", name) for name in named if is_visible(name)][:1]
+    expires: Any = claims[0].get("exp")
+    is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
+    return Tokens(auth, tuple(fields), tokens.get("refresh_token", ""), expires if is_time else math.inf)
+
+
+def jwt_claims(token: str) -> Dict[str, Any]:
+    """Return the claims of a JSON Web Token (RFC 7519) as they stand: its issuer and the upstream verify it, not we."""
+    try:
+        payload = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    except (IndexError, ValueError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def open_private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+@contextlib.contextmanager
+def lock_file(path: str) -> Iterator[None]:
+    """Hold the file *path* as a lock among processes; the death of its holder frees it.  OSError after LOCK_WAIT_S."""
+    with open(path, "ab", opener=open_private) as file:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                if sys.platform == "win32":
+                    import msvcrt
+
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+        yield
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """Put *content* in the place of the file *path* in one step, for its owner alone; OSError: it is as it was."""
+    new = path + ".new"
+    try:
+        with open(new, "wb", opener=open_private) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if sys.platform != "win32":
+            owner = os.stat(path)
+            with contextlib.suppress(OSError):  # only root can, and only root has to
+                os.chown(new, owner.st_uid, owner.st_gid)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+class SignIn(WatchedFile):
+    """The ChatGPT sign-in of a provider: the tokens in its auth_file, renewed here if oauth_refresh says so."""
+
+    def __init__(self, provider: Provider, path: str, ask_issuer: AskIssuer, warn: Warn) -> None:
+        where = f"providers.{provider.name}.auth_file"
+        super().__init__(path, where, lambda content: read_tokens(json.loads(content)), warn)
+        self._provider = provider
+        self._ask_issuer = ask_issuer
+        self._turn = threading.Lock()  # held by the thread that renews
+        self._pause_until = -math.inf
+        self._unsaved: Optional[Tokens] = None  # new ones that could not be written
+        self._spent = ""  # a refresh token that the issuer will not take again
+        self._expired: Optional[Tokens] = None  # those that were warned of
+
+    def fields(self, refused: Sequence[Field], may_wait: bool) -> Optional[Sequence[Field]]:
+        """As those of Credentials.  UpstreamError if there never was a token."""
+        tokens: Optional[Tokens] = self.get()
+        if tokens is None:
+            raise UpstreamError(f"{self._provider.name} is not signed in; run `codex login` where this proxy runs")
+        left = tokens.expires - time.time()
+        must = tokens.fields == refused or left <= 0
+        is_due = (must or left < RENEW_EARLY_S) and tokens.refresh != self._spent
+        if self._provider.oauth_refresh and (is_due or tokens is self._unsaved):
+            if not may_wait:
+                return None
+            # As long as the old token works, nobody waits for the thread that renews it.
+            if self._turn.acquire(timeout=LOCK_WAIT_S if must else 0):
+                try:
+                    self._renew(tokens, is_due)
+                finally:
+                    self._turn.release()
+        elif left <= 0 and tokens is not self._expired:
+            self._expired = tokens
+            self._warn(f"{self._where}: the access token has expired; run codex, which renews it, or set oauth_refresh")
+        return self.value.fields  # type: ignore[no-any-return]
+
+    def _renew(self, stale: Tokens, is_due: bool) -> None:
+        """Replace *stale* by what the file has meanwhile, else by what the issuer gives; on failure it stays."""
+        if time.monotonic() < self._pause_until:  # another thread has just tried
+            return
+        try:
+            path = os.path.realpath(self.path)  # a link stays one
+            with lock_file(path + ".lock"):
+                self.look()
+                if self.problem:  # gone, say, after `codex logout`
+                    raise ValueError(f"{self.path}: {self.problem}")
+                if is_due and self.value.fields == stale.fields:
+                    self.value = self._unsaved = self._spend(self.value)
+                if self._unsaved and self.value is self._unsaved:
+                    replace_file(path, json.dumps(self._unsaved.auth, indent=2).encode("ascii"))
+                self._unsaved = None
+        except (OSError, ValueError, RecursionError, ProxyError) as error:
+            what = "the new tokens are not in the file yet" if self._unsaved else "the tokens were not renewed"
+            self._warn(f"{self._where}: {what}: {error}")
+        self._pause_until = time.monotonic() + RENEW_PAUSE_S
+
+    def _spend(self, tokens: Tokens) -> Tokens:
+        """Return what the issuer gives for the refresh token of *tokens*, which it takes once."""
+        url, client_id = self._provider.oauth_token_url, self._provider.oauth_client_id
+        form = {"grant_type": "refresh_token", "refresh_token": tokens.refresh, "client_id": client_id}
+        status, content = self._ask_issuer(self._provider, urllib.parse.urlencode(form).encode("ascii"))
+        if status in (400, 401, 403):
+            self._spent = tokens.refresh
+        answer = json.loads(content) if status == 200 else None
+        if not isinstance(answer, dict) or not is_visible(answer.get("access_token")):
+            raise ValueError(f"{url} answered {status} without a token; `codex login` begins anew")
+        names = ("access_token", "id_token", "refresh_token")
+        new = {name: answer[name] for name in names if is_visible(answer.get(name))}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return read_tokens({**tokens.auth, "tokens": {**tokens.auth["tokens"], **new}, "last_refresh": now})
+
+
+class Credentials:
+    """Every credential of a configuration as it is now: what stands in it, secrets in files, sign-ins."""
+
+    def __init__(self, config: Config, folder: str, ask_issuer: AskIssuer) -> None:
+        """Read the files, relative paths from *folder*; ConfigError names a secret that cannot be used."""
+        self._warnings: Deque[str] = collections.deque()
+        self._folder = folder
+        self._configured = config.keys
+        keys = ((name, key.secret) for name, key in config.keys.items() if key.secret.startswith("file:"))
+        self._key_files = {name: self._open(f"keys.{name}.secret", secret) for name, secret in keys}
+        self.keys = self._found = self._read_keys()  # the clients'
+        check_secrets(self.keys)
+        self._sources: Dict[str, WatchedFile] = {}  # by provider
+        for name, provider in config.providers.items():
+            if provider.enabled and provider.auth == "oauth":
+                home = os.environ.get("CODEX_HOME") or os.path.join("~", ".codex")
+                path = self._path(provider.auth_file or os.path.join(home, "auth.json"))
+                self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
+            elif provider.enabled and provider.api_key and provider.api_key.startswith("file:"):
+                self._sources[name] = self._open(f"providers.{name}.api_key", provider.api_key)
+
+    def _path(self, path: str) -> str:
+        return os.path.join(self._folder, os.path.expanduser(path))
+
+    def _open(self, where: str, secret: str) -> WatchedFile:
+        file = WatchedFile(self._path(secret[len("file:") :]), where, read_secret, self._warnings.append)
+        if file.problem:
+            raise ConfigError(where, f"{file.path}: {file.problem}")
+        return file
+
+    def _read_keys(self) -> Mapping[str, Key]:
+        keys = dict(self._configured)
+        for name, file in self._key_files.items():
+            keys[name] = dataclasses.replace(keys[name], secret=file.get())
+        return keys
+
+    def look_again(self) -> List[str]:
+        """Bring the clients' keys up to date; return what there is to warn of since the last call."""
+        found = self._read_keys() if self._key_files else self._found
+        if found != self._found:
+            self._found = found
+            try:
+                check_secrets(found)
+                self.keys = found
+            except ConfigError as error:
+                self._warnings.append(f"{error}; all keys stay as they were")
+        return [self._warnings.popleft() for _ in range(len(self._warnings))]
+
+    def fields(
+        self, provider: Provider, refused: Sequence[Field] = (), may_wait: bool = True
+    ) -> Optional[Sequence[Field]]:
+        """Return what stands for us at *provider*; *refused* came back with a 401.
+
+        None if that takes longer than the caller may wait.  UpstreamError if nothing stands for us there.
+        """
+        source = self._sources.get(provider.name)
+        if isinstance(source, SignIn):
+            return source.fields(refused, may_wait)
+        key = source.get() if source else provider.api_key
+        return (("Authorization", f"Bearer {key}"),) if key and provider.auth != "passthrough" else ()
+
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
@@ -2364,6 +2685,7 @@ BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.S
 UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS))
 MAX_IDLE_PER_ORIGIN: Final = 128
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
+ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
@@ -2547,6 +2869,7 @@ class Transport(urllib.request.BaseHandler):
         self._proxies: Dict[Tuple[str, str], Optional[ForwardProxy]] = {}  # by provider and base URL
         for name, provider in config.providers.items():
             urls = [url for urls in provider.api_base_url.values() for url in urls]
+            urls += [provider.oauth_token_url] if provider.oauth_refresh else []
             if any(url.startswith("https:") for url in urls):
                 self._contexts[name] = make_tls_context(provider)
             self._proxies.update({(name, url): find_proxy(provider, url) for url in urls})
@@ -2560,6 +2883,33 @@ class Transport(urllib.request.BaseHandler):
         """
         connection: Optional[UpstreamConnection] = self._opener.open(request, timeout=None)
         return connection
+
+    def post_form(self, provider: Provider, form: bytes) -> Tuple[int, bytes]:
+        """Send *form* to the token URL of *provider*; return status and body of the answer.  UpstreamError."""
+        fields = [("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")]
+        fields += [("Content-Type", "application/x-www-form-urlencoded"), ("Connection", "close")]
+        target = Target(provider, provider.oauth_token_url, "")
+        connection = self.send(OutboundRequest(target, "", "POST", fields, form, lambda: False, True, True))
+        assert connection is not None
+        sock = connection.sock
+
+        def cut() -> None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+        deadline = threading.Timer(ISSUER_S, cut)  # for all of the answer; the timeout is for one read
+        try:
+            sock.settimeout(ISSUER_S)
+            deadline.start()
+            connection.send_some()  # what is left
+            answer = http.client.HTTPResponse(sock, method="POST")
+            answer.begin()
+            return answer.status, answer.read(MIB)
+        except (OSError, http.client.HTTPException) as error:
+            raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
+        finally:
+            deadline.cancel()
+            sock.close()
 
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer has been read to its end."""
@@ -3035,6 +3385,7 @@ class State(NamedTuple):
     catalogue: Mapping[Tuple[str, str], Tuple[Target, ...]]  # what each configured name means, by name and API
     has_places: bool  # a response id has more than one place where it may have been issued
     ticket_secret: bytes  # the same in all workers
+    credentials: Credentials
     tls: Optional[ssl.SSLContext] = None  # of our own certificate
 
     def targets(self, model: str, api: str) -> Tuple[Target, ...]:
@@ -3089,6 +3440,8 @@ class Exchange:
         self.asks_again = False  # the same target, since the loop could not wait for a connection
         self.repeat = False  # ask the same target again, on a fresh connection
         self.repeated = False
+        self.credential: Sequence[Field] = ()  # what was sent
+        self.refused: Sequence[Field] = ()  # what was answered with a 401 before
         self.waited_s = 0.0  # for 429s
         self.last_answer: Optional[HeldAnswer] = None
         self.left: List[str] = []  # the providers that a further target stood in for
@@ -3690,7 +4043,7 @@ class Answer:
         self._first_byte_s = provider.timeout_s("first_byte_timeout_s", limits)
         self._deadline = time.monotonic() + self._first_byte_s
         self._proxy = upstream.proxy
-        self._secrets = secrets_of(provider, upstream.proxy)
+        self._secrets = secrets_of((*provider.headers, *exchange.credential), upstream.proxy)
         self._start = b""  # of the answer, until its head is complete
         self._head: Optional[AnswerHead] = None
         self._body: BodyReader = LengthBody(0)
@@ -3852,12 +4205,16 @@ class Answer:
         """An error answer is complete: hand it on, unless another target may do better."""
         head, body = self._head, bytes(self._held or b"")
         assert head is not None
-        held = self.exchange.last_answer = HeldAnswer(head, body, self.target, self._secrets)
+        exchange = self.exchange
+        held = exchange.last_answer = HeldAnswer(head, body, self.target, self._secrets)
         if head.status in RETRY_STATUSES:
             self.fleet.failed(self.target, self.loop.now, retry_after_of(head.headers, time.time()))
         else:
             self.fleet.succeeded(self.target)
-        if head.status in self.exchange.passes_on:
+        if head.status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
+            exchange.refused, exchange.repeat = exchange.credential, True  # once more, after a renewal
+            self._next_turn(reusable=True)
+        elif head.status in exchange.passes_on:
             self._next_turn(reusable=True)
         else:
             self._detach(reusable=True)
@@ -4021,13 +4378,12 @@ def usage_reader(exchange: Exchange, head: AnswerHead) -> Optional[UsageReader]:
     return UsageReader(is_event_stream(head.headers))
 
 
-def secrets_of(provider: Provider, proxy: Optional[ForwardProxy]) -> Tuple[bytes, ...]:
-    """Return the credentials that go to *provider* and to the *proxy* that reads the request, for masking."""
-    fields = [*provider.headers, *(proxy.fields() if proxy else ())]
-    values = [value.rpartition(" ")[2] for name, value in fields if name.lower() in CREDENTIALS]
+def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[bytes, ...]:
+    """Return the credentials in the *fields* that we add, and those of the *proxy* that reads them, for masking."""
+    fields = [*fields, *(proxy.fields() if proxy else ())]
+    values = [value.rpartition(" ")[2].encode("ascii") for name, value in fields if name.lower() in CREDENTIALS]
     password = proxy.credentials.partition(b":")[2] if proxy else b""
-    found = [value.encode("ascii") for value in (*values, provider.api_key or "")]
-    return tuple(value for value in (*found, password) if len(value) >= 4)
+    return tuple(value for value in (*values, password) if len(value) >= 4)
 
 
 def mask_text(text: str, secrets_sent: Sequence[bytes]) -> str:
@@ -4084,10 +4440,11 @@ def admit(exchange: Exchange) -> None:
         )
     check_origin(head, config)
     if route.action not in ("health", "page"):
+        keys = exchange.state.credentials.keys
         if route.action == "status" and head.query:
-            exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, config.keys, time.time())
+            exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, keys, time.time())
         else:
-            exchange.identity = find_key(head.headers, config.keys)
+            exchange.identity = find_key(head.headers, keys)
         exchange.record.update(key=exchange.identity.name, label=exchange.identity.label)
     lengths = head.headers.all("content-length"), head.headers.all("transfer-encoding")
     if route.action == "forward" and not any(lengths):
@@ -4189,7 +4546,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.give_up()
                 return
             try:
-                upstream = exchange.state.transport.send(self.outbound_request(route, target))
+                request = self.outbound_request(route, target)
+                upstream = request and exchange.state.transport.send(request)
                 if upstream is None:  # in the loop, where nothing may wait: the same again in a thread
                     exchange.asks_again = True
                     self.fleet.closed(target)
@@ -4331,7 +4689,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 exchange.left.append(exchange.target.provider.name)
             target = exchange.plan.targets[exchange.tried]
             exchange.tried += 1
-            exchange.repeated = False
+            exchange.repeated, exchange.refused = False, ()
             exchange.record["attempts"] += 1
         else:
             return None
@@ -4344,7 +4702,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fleet.opened(target)
         return target
 
-    def outbound_request(self, route: Route, target: Target) -> OutboundRequest:
+    def outbound_request(self, route: Route, target: Target) -> Optional[OutboundRequest]:
+        """Return what *target* is asked; None if its credential takes time, in the loop."""
         exchange = self.exchange
         assert exchange.head is not None
         renamed = exchange.renamed is not None and exchange.body_json is not None
@@ -4352,11 +4711,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             keep_turn_state = exchange.turn_owner == target.place
         else:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({t.provider.account_name() for t in exchange.targets}) == 1
+        may_wait = not self.server.loop.is_this_thread()
+        credential = exchange.state.credentials.fields(target.provider, exchange.refused, may_wait)
+        if credential is None:
+            return None
+        exchange.credential = credential
         fields = outbound_fields(
             exchange.headers,
             target.provider,
             exchange.session,
             exchange.cache_key,
+            credential=exchange.credential,
             keep_turn_state=keep_turn_state,
             keep_encoding=not renamed,
             key_fields=exchange.identity.fields,
@@ -4366,7 +4731,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = replace_model(exchange.body_json, target.model)
         elif exchange.head.method == "POST":
             body = exchange.body
-        may_wait = not self.server.loop.is_this_thread()
         fresh = exchange.repeat
         exchange.repeat = fresh and not may_wait
         return OutboundRequest(
@@ -4842,6 +5206,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
         if self._shared.board.workers > 1:
             self._measure()
             self._shared.board.publish(self._number, self.tally)
+        for warning in self.state.credentials.look_again():
+            self.log.event("warning", warning)
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
@@ -5802,11 +6168,14 @@ def say(text: str, fd: int = 1) -> None:
         os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes) -> State:
+def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: str) -> State:
+    """Return the state for *config*; *folder* is where relative paths of secrets start."""
+    transport = Transport(config, demo.connect)
+    credentials = Credentials(config, folder, transport.post_form)
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
     has_places = len(places_of(config, None)) > 1
     tls = make_server_context(config.tls) if config.tls else None
-    return State(config, Transport(config, demo.connect), catalogue, has_places, ticket_secret, tls)
+    return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -5818,7 +6187,7 @@ def serve(options: argparse.Namespace) -> int:
     def load_state() -> State:
         try:
             config = read_config(path, options)
-            return make_state(config, demo, ticket_secret)
+            return make_state(config, demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
         except ConfigError as error:
             raise ConfigError("", f"{path}: {error}") from None
 

@@ -496,7 +496,8 @@ class Bench(plexus_lite.Application):
     def __init__(self, respond: Callable[["Bench", Any, Any], None]) -> None:
         self.transport = BenchTransport()
         transport: Any = self.transport
-        self.state = plexus_lite.State(CONFIG, transport, {}, True, b"ticket secret")
+        credentials = plexus_lite.Credentials(CONFIG, "", transport)
+        self.state = plexus_lite.State(CONFIG, transport, {}, True, b"ticket secret", credentials)
         self.fleet = plexus_lite.Fleet()
         self.loop = BenchLoop()
         self.respond = respond

@@ -371,7 +371,13 @@ def outbound(inbound: Fields, members: Mapping[str, Any], settings: Mapping[str,
     headers = plexus_lite.Headers(inbound).end_to_end()
     session = plexus_lite.session_of(headers, members)
     key = plexus_lite.cache_key(members)
-    return plexus_lite.outbound_fields(headers, provider(**settings), session, key, **options)
+    up = provider(**settings)
+    ours = plexus_lite.Credentials(plexus_lite.Config({"up": up}), "", ask_nobody).fields(up) or ()
+    return plexus_lite.outbound_fields(headers, up, session, key, credential=ours, **options)
+
+
+def ask_nobody(provider: plexus_lite.Provider, form: bytes) -> Tuple[int, bytes]:
+    raise AssertionError("no sign-in here")
 
 
 def only(fields: Fields, *names: str) -> Dict[str, List[str]]:

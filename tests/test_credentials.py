@@ -516,7 +516,7 @@ class Renewal(SignInTest):
         self.sign_in(old)
         credentials = self.make(oauth_token_url="http://127.0.0.1:1/oauth/token")
         self.assertEqual(self.sent(credentials), old)
-        self.assertIn("cannot connect to 127.0.0.1:1", credentials.look_again()[0])
+        self.assertIn("no connection to 127.0.0.1:1", credentials.look_again()[0])
 
     def test_an_issuer_that_drips_is_left_in_time(self):
         self.patch("ISSUER_S", 0.3)

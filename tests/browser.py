@@ -152,15 +152,12 @@ class Tab:
         return [one["request"]["url"] for one in self.events("Network.requestWillBeSent")]
 
     def open(self, url: str) -> None:
-        self._load("about:blank")  # ends the streams and timers of the page before
-        with self.browser.changed:
-            self.opened = len(self.browser.events)
-        self._load(url)
-
-    def _load(self, url: str) -> None:
         loader = self.call("Page.navigate", url=url)["loaderId"]
         loaded = {"loaderId": loader, "name": "load"}.items()
         self.wait(lambda: any(loaded <= one.items() for one in self.events("Page.lifecycleEvent")), url)
+        with self.browser.changed:  # what came before is of the page before
+            while self.browser.events[self.opened]["params"].get("frame", {}).get("loaderId") != loader:
+                self.opened += 1
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
         with self.browser.changed:

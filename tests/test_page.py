@@ -75,7 +75,7 @@ def busy() -> Dict[str, Any]:
             rate = 0 if reason else dice.uniform(0.9, 0.99) if dice.random() < 0.95 else 0.6
             turns.append([last - 31 * (count - turn - 1), tokens, int(tokens * rate), reason])
             tokens += dice.randint(200, 4000)
-        one = {"session": session, "key": "team-a", "model": model, "provider": provider, "last": last}
+        one = {"session": session, "key": "alice", "model": model, "provider": provider, "last": last}
         data["sessions"].append(dict(one, requests=count, turns=turns[-20:]))
     reasons = (
         ("prefix_changed", "tools"), ("moved", None), ("first_request", None), ("prefix_changed", 7), ("idle", None),
@@ -83,7 +83,7 @@ def busy() -> Dict[str, Any]:
     )  # fmt: skip
     for number, (reason, place) in enumerate(reasons):
         one = data["sessions"][number]
-        row = {"ts": now - 200 * number - 9, "session": one["session"], "key": "team-a", "model": one["model"]}
+        row = {"ts": now - 200 * number - 9, "session": one["session"], "key": "alice", "model": one["model"]}
         row.update(target=used[0][2], miss_reason=reason, prefix_changed_at=place)
         tokens = 800 if reason == "below_minimum" else dice.randint(9000, 60000)
         data["misses"].append(dict(row, input_tokens=tokens, cached_tokens=tokens // 12))
@@ -93,10 +93,10 @@ def busy() -> Dict[str, Any]:
         model, provider, url = used[which][:3]
         row = {"ts": now - 500 * number - 70, "id": f"req_{dice.getrandbits(96):024x}", "status": status}
         row.update(
-            error=error, route="/responses", model=model, provider=provider, target=url, session=None, key="team-a"
+            error=error, route="/responses", model=model, provider=provider, target=url, session=None, key="alice"
         )
         data["errors"].append(row)
-    return dict(data, started=now - 2 * 3600, in_flight=6, saved=38.217, key="team-a")
+    return dict(data, started=now - 2 * 3600, in_flight=6, saved=38.217, key="alice")
 
 
 def add_to(rows: List[Dict[str, Any]], names: Dict[str, Any], numbers: Dict[str, int]) -> None:
@@ -347,7 +347,7 @@ class ScriptedTest(PageTest):
         rate = 100 * sum(one[3] for one in recent) / sum(one[2] for one in recent)
         for text in (f"{rate:.1f}\u00a0%", "38.22", "gpt-5.4-mini", "http://gpu2:8000/v1", "cooling, ", "healthy",
                      "5feceb66ffc8", "input item 7 changed", "the tools changed", "it went to another target",
-                     "502 upstream_connection_error", data["errors"][0]["id"], "seen by key team-a"):  # fmt: skip
+                     "502 upstream_connection_error", data["errors"][0]["id"], "seen by key alice"):  # fmt: skip
             self.assertIn(text, self.tab.run(TEXT))
         self.assertNotRegex(self.tab.run(TEXT), "NaN|undefined|null|No request yet")
         drawn = self.tab.run("[...document.querySelectorAll('svg')].map(one => one.querySelectorAll('rect').length)")

@@ -39,6 +39,7 @@ from tests.support import (
     post,
     run_cli,
 )
+from tests.test_forward_proxy import USER_INFO, FakeProxy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CA_FILE, SERVER_FILE = os.path.join(HERE, "tls_ca.pem"), os.path.join(HERE, "tls_server.pem")
@@ -588,6 +589,15 @@ class Renewal(SignInTest):
                 warnings = credentials.look_again()
                 self.assertEqual(["is not trusted" in one for one in warnings], [] if trusted else [True])
         self.assertEqual(len(issuer.spent), 1)
+
+    def test_the_issuer_is_asked_through_the_provider_s_forward_proxy(self):
+        issuer = enter(self.addCleanup, Issuer((SERVER_FILE, SERVER_FILE)))
+        forward = enter(self.addCleanup, FakeProxy())
+        self.sign_in(access(-1), issuer.issue())
+        proxy = f"http://{USER_INFO}@127.0.0.1:{forward.port}"
+        self.sent(self.make(oauth_token_url=issuer.base_url + "/oauth/token", ca_file=CA_FILE, proxy=proxy))
+        self.assertEqual([request.target for request in forward.requests], [f"127.0.0.1:{issuer.port}"])
+        self.assertEqual(issuer.spent, [self.refresh])
 
     @unittest.skipUnless(POSIX, "links need a privilege elsewhere")
     def test_a_link_stays_a_link(self):

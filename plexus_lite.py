@@ -2044,8 +2044,9 @@ class UsageReader:
                 self._note(kind, inner if isinstance(inner, dict) else event)
 
     def _note(self, kind: Any, members: Mapping[str, Any]) -> None:
-        # Of a long event the type may not have been seen: only the last one carries a usage.
-        self.is_complete = self.is_complete or kind in TERMINAL_EVENTS or isinstance(members.get("usage"), dict)
+        # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat: the last is empty.
+        is_last = not kind and isinstance(members.get("usage"), dict) and not members.get("choices")
+        self.is_complete = self.is_complete or is_last or kind in TERMINAL_EVENTS
         for name, path in USAGE_PATHS:
             value = members.get("usage")
             for step in path:
@@ -4285,10 +4286,10 @@ class Answer:
             self._tail = (self._tail + payload[-4:])[-4:]
         if self._ids and payload and self._ids.feed(payload) and self._ids.found:
             self.fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
-        if self._usage:
-            self._usage.feed(payload)
         connection = self.connection
         connection.send_payload(wire, len(payload))
+        if self._usage:
+            self._usage.feed(payload)
         if self._body.done:
             self._detach(reusable=True)
             connection.finish()

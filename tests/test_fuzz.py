@@ -5,6 +5,7 @@
     check_events    comments and splits change no event; the response id is found or not, wherever the splits are
     check_json      accepts what json.loads (strict) accepts; a new model changes the span of the old one, no other byte
     check_content   round trip, bounded output, damaged input is refused
+    check_usage     the same tokens and error for every split, in bounded memory; those that json.loads finds
 
 Each takes bytes, fails by AssertionError and returns a word for what it saw, so that a test can tell that it tried
 both what is right and what is wrong.  Seeded: the same on every run.  PLEXUS_FUZZ_S=60 runs each for 60 seconds,
@@ -30,7 +31,7 @@ from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Opt
 import plexus_lite
 from tests.support import store_zstd
 
-SECONDS = float(os.environ.get("PLEXUS_FUZZ_S", "0.6"))  # for each of the five
+SECONDS = float(os.environ.get("PLEXUS_FUZZ_S", "0.6"))  # for each of the six
 SEED = os.environ.get("PLEXUS_FUZZ_SEED", "1")
 MAX_RUNS = int(2000 * max(1.0, SECONDS))  # a fast machine need not use up the time
 
@@ -836,6 +837,129 @@ def check_content(data: bytes) -> str:
     return "decoded"
 
 
+# ---- (f) Usage -----------------------------------------------------------------------------------
+
+TERMINAL = ("response.completed", "response.incomplete", "response.failed", "error")
+Usage = Tuple[Dict[str, int], Optional[str]]
+
+
+class Doubtful(Exception):
+    """Readers differ about it, or a stricter one is not what we want to be."""
+
+
+def ref_usage(data: bytes, is_events: bool) -> Usage:
+    """Return tokens and error as json.loads finds them, in every complete line; Doubtful where the input is not plain."""
+    if b"\\u00" in data or b"\\/" in data:  # member names are ASCII: nobody escapes those
+        raise Doubtful
+    tokens: Dict[str, int] = {}
+    error = None
+    for line in data.split(b"\n")[:-1] if is_events else [data]:
+        if b"{" not in line:
+            continue
+        try:
+            event = json.loads(line.partition(b":")[2] if is_events else line, object_pairs_hook=members_once)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(event, dict):
+            continue
+        kind = event.get("type")
+        inside = event["response"] if isinstance(event.get("response"), dict) else event
+        flat = kind == "error" and isinstance(event.get("code"), str)
+        usage = inside_of({} if flat else inside, "usage")
+        for name, old_name in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
+            take(tokens, name, usage.get(name))
+            take(tokens, name, usage.get(old_name))
+        for details in ("input_tokens_details", "prompt_tokens_details"):
+            for name in ("cached_tokens", "cache_write_tokens"):
+                take(tokens, name, inside_of(usage, details).get(name))
+        if isinstance(inside.get("error"), dict) or kind in ("error", "response.failed"):
+            failure = event if flat else inside_of(inside, "error")
+            error = str(failure.get("code") or failure.get("type") or kind)[:100]
+    return tokens, error
+
+
+def members_once(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise Doubtful
+    return dict(pairs)
+
+
+def inside_of(members: Dict[str, Any], name: str) -> Dict[str, Any]:
+    value = members.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def take(tokens: Dict[str, int], name: str, value: Any) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53:
+        tokens[name] = value
+
+
+def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
+    reader = plexus_lite.UsageReader(is_events)
+    for piece in pieces:
+        reader.feed(piece)
+        held = len(reader._held) + (len(reader._long._held) if reader._long else 0)
+        assert held <= plexus_lite.SHORT_JSON_BYTES, ("kept", held)
+    reader.finish()
+    return (reader.tokens, reader.error), reader.is_complete
+
+
+def check_usage(data: bytes) -> str:
+    seen = "nothing"
+    for is_events in (True, False):
+        whole = read_usage([data], is_events)
+        for pieces in splits(data):
+            assert read_usage(pieces, is_events) == whole, ("the splits decide", whole, pieces)
+        with contextlib.suppress(Doubtful):
+            wanted = ref_usage(data, is_events)
+            assert whole[0] == wanted, (is_events, whole, wanted)
+            seen = "read" if any(wanted) else seen
+    return seen
+
+
+USAGE = b'{"input_tokens":2048,"input_tokens_details":{"cached_tokens":1920,"cache_write_tokens":0},"output_tokens":8}'
+CHAT_USAGE = (
+    b'{"prompt_tokens":20,"completion_tokens":8,"prompt_tokens_details":{"cached_tokens":19},"total_tokens":28}'
+)
+ECHO = b'"tools":[{"usage":{"input_tokens":1}},"\\"usage\\":{"],"text":"\\\\","error":null,"a":{"b":[{"c":"}"}]}'
+COMPLETED = b'{"type":"response.completed","response":{"id":"resp_1",%s,"usage":%s}}' % (ECHO, USAGE)
+USAGES = (
+    b"event: response.completed\ndata: " + COMPLETED + b"\n\n",
+    b'data: {"response":{"usage":%s,%s},"type":"response.incomplete"}\r\n\r\n' % (USAGE, ECHO),
+    b'data: {"type": "response.created", "response": {"usage": null, "error": null}}\n\ndata: ' + COMPLETED + b"\n\n",
+    b'data: {"delta":"\\"usage\\":{\\"input_tokens\\":7}","type":"x"}\n\ndata: ' + COMPLETED,
+    b'data: {"type":"response.failed","response":{"error":{"code":"rate_limit_exceeded","message":"m"},"usage":null}}\n\n',
+    b'data: {"type":"error","code":"server_error","message":"\xc3\xa9","param":null}\n\n',
+    b'data: {"type":"error","error":{"type":"invalid_request","code":null}}\n\n',
+    b'data: {"choices":[{"delta":{"content":"hi"}}],"usage":null}\n\ndata: {"choices":[],"usage":%s}\n\ndata: [DONE]\n\n'
+    % CHAT_USAGE,
+    b'{\n  "id" : "resp_1",\n  %s,\n  "usage" : %s\n}\n' % (ECHO, USAGE),
+    b'{"error":{"message":"no","type":"invalid_request_error","param":null,"code":429}}',
+    b'{"usage":{"input_tokens":-1,"output_tokens":1e3,"input_tokens_details":{"cached_tokens":true}}}',
+    b'{"%susage":{"input_tokens":1},"usage":{"input_tokens":%s1},"/usage":{"output_tokens":2}}'
+    % (b"x" * 300, b"0" * 300),
+)
+
+USAGE_WORDS = ("response", "usage", "error", "code", "input_tokens", "prompt_tokens", "output_tokens", "a", "/usage")
+USAGE_WORDS += ("input_tokens_details", "prompt_tokens_details", "cached_tokens", "cache_write_tokens")
+
+
+def random_usage(rng: random.Random) -> bytes:
+    """Return members of the right names in every place, right and wrong, as an event or a whole body."""
+
+    def members(depth: int) -> Dict[str, Any]:
+        return {name: value(depth) for name in rng.sample(USAGE_WORDS, rng.randrange(1, 9))}
+
+    def value(depth: int) -> Any:
+        scalars = (0, 7, 2048, -1, 1.5, 10**15, 10**14, True, None, "", "a", "usage", [{"usage": {}}], [[]])
+        return members(depth - 1) if depth and rng.random() < 0.7 else rng.choice(scalars)
+
+    found = dict(members(3), type=rng.choice((*TERMINAL, "response.created", "x", 1, None)))
+    order = sorted(found, key=lambda name: rng.random())
+    text = json.dumps({name: found[name] for name in order}, indent=rng.choice((None, None, 1))).encode()
+    return b"data: " + text + b"\n" if rng.random() < 0.5 else text
+
+
 def content_seeds() -> List[bytes]:
     text = DOCUMENTS[0] * 3
     packed = [gzip.compress(text), gzip.compress(b"a") + gzip.compress(b""), zlib.compress(text), raw_deflate(text)]
@@ -860,6 +984,7 @@ TARGETS: Dict[str, Tuple[Callable[[bytes], str], Sequence[bytes], Sequence[bytes
     "events": (check_events, EVENT_SEEDS, ()),
     "json": (check_json, DOCUMENTS, ()),
     "content": (check_content, content_seeds(), ()),
+    "usage": (check_usage, USAGES, ()),
 }
 
 
@@ -983,6 +1108,14 @@ class ContentTest(FuzzCase):
         finally:
             tracemalloc.stop()
         self.assertLess(peak, 1_000_000)
+
+
+class UsageTest(FuzzCase):
+    def test_fuzz(self):
+        self.assertBalanced(self.fuzz("usage"), "read", "nothing")
+
+    def test_random_documents(self):
+        self.assertBalanced(self.fuzz("usage", lambda rng, seeds: random_usage(rng)), "read", "nothing")
 
 
 if __name__ == "__main__":

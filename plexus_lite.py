@@ -177,6 +177,7 @@ EAGER_THREADS: Final = 16  # handler threads started at once; more only when a t
 MAX_STARTS: Final = 64  # handler threads started in one tick
 THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
+MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
 COOLDOWN_FIRST_S: Final = 2.0
 COOLDOWN_MAX_S: Final = 300.0
@@ -1419,7 +1420,7 @@ def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
 def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) -> Identity:
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
-    _, expires, quoted = [*ticket.split("."), "", ""][:3]
+    _, expires, quoted = [*ticket.split(".", 2), "", ""][:3]  # a name may have dots
     name = urllib.parse.unquote(quoted)
     if not re.fullmatch("[0-9]{1,12}", expires) or not hmac.compare_digest(
         ticket.encode("utf-8", "replace"), make_ticket(secret, name, int(expires)).encode()
@@ -1773,13 +1774,14 @@ class Remembered:
 class Fleet:
     """What is known of the targets and sessions while the program runs.  Lost at a restart, and nothing breaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, cooldowns: Iterable[Tuple[str, int]] = ()) -> None:
+        """*cooldowns* has those that a worker counted which this process replaces."""
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._lock = threading.Lock()  # protects the three below
         self._open: Dict[str, int] = {}  # target id -> requests
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
-        self._cooldowns: Dict[str, int] = {}  # provider -> how often one of its targets began to cool
+        self._cooldowns = dict(cooldowns)  # provider -> how often one of its targets began to cool
 
     def snapshot(
         self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
@@ -2089,8 +2091,8 @@ def prefix_of(members: Mapping[str, Any]) -> Prefix:
 class Turn(NamedTuple):
     """A request of a session as the next one is compared with it."""
 
-    at: float  # Unix time
-    target: int  # digest of its id
+    at: float  # monotonic
+    target: int  # digest of its place: another model there is a change of the prefix
     input_tokens: int
     prefix: Optional[Prefix]  # None if the body could not be read
 
@@ -2131,15 +2133,16 @@ class SessionTable:
     """The last turn of up to SESSIONS sessions, in memory that all workers share; the least recently used go.
 
     A session has a slot in the bucket that its key leads to.  There is no lock: a slot that two processes wrote at one
-    time has a wrong checksum, and counts as empty.  A page of memory is used when its first session comes.
+    time has a wrong checksum, and counts as empty.  The items lie apart from the heads, since a look at a page of such
+    memory allocates it: one page for each session that came.
     """
 
     SESSIONS: Final = 10_000
-    WAYS: Final = 4  # slots of a bucket
+    WAYS: Final = 8  # slots of a bucket
     HEAD: Final = struct.Struct("<I16sdIQIIII")  # checksum, key, at, target, input tokens, Prefix with its items' count
-    SLOT_BYTES: Final = 4096
-    MAX_ITEMS: Final = (SLOT_BYTES - HEAD.size) // 4  # a change behind them is not seen
-    BYTES: Final = SESSIONS * SLOT_BYTES
+    MAX_ITEMS: Final = 1024  # a change behind them is not seen
+    HEADS_AT: Final = SESSIONS * 4 * MAX_ITEMS
+    BYTES: Final = HEADS_AT + SESSIONS * HEAD.size
 
     def __init__(self, memory: Any) -> None:
         """*memory* is a writable buffer of BYTES zeros."""
@@ -2148,27 +2151,33 @@ class SessionTable:
     def replace(self, key: bytes, turn: Turn) -> Optional[Turn]:
         """Store *turn* for the session *key* (16 bytes); return the one it had."""
         bucket = int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * self.WAYS
-        slots = [place * self.SLOT_BYTES for place in range(bucket, bucket + self.WAYS)]
-        heads = {slot: self.HEAD.unpack_from(self._memory, slot) for slot in slots}
-        slot = next((slot for slot in slots if heads[slot][1] == key), None)
+        heads = {slot: self._head(slot) for slot in range(bucket, bucket + self.WAYS)}
+        slot = next((slot for slot in heads if heads[slot][1] == key), None)
         if slot is None:
-            slot, previous = min(slots, key=lambda slot: heads[slot][2]), None
+            slot, previous = min(heads, key=lambda slot: heads[slot][2]), None
         else:
             previous = self._read(slot, heads[slot])
         prefix = turn.prefix
         items = prefix.items[: self.MAX_ITEMS] if prefix else ()
-        head = (key, turn.at, turn.target, turn.input_tokens, *(prefix[:3] if prefix else (0, 0, 0)), len(items))
-        data = self.HEAD.pack(0, *head)[4:] + struct.pack(f"<{len(items)}I", *items)
-        self._memory[slot : slot + 4 + len(data)] = zlib.crc32(data).to_bytes(4, "little") + data
+        values = (key, turn.at, turn.target, turn.input_tokens, *(prefix[:3] if prefix else (0, 0, 0)), len(items))
+        data, head = struct.pack(f"<{len(items)}I", *items), self.HEAD.pack(0, *values)[4:]
+        begin = slot * 4 * self.MAX_ITEMS
+        self._memory[begin : begin + len(data)] = data
+        begin = self.HEADS_AT + slot * self.HEAD.size
+        self._memory[begin : begin + self.HEAD.size] = zlib.crc32(data, zlib.crc32(head)).to_bytes(4, "little") + head
         return previous
+
+    def _head(self, slot: int) -> Tuple[Any, ...]:
+        return self.HEAD.unpack_from(self._memory, self.HEADS_AT + slot * self.HEAD.size)
 
     def _read(self, slot: int, head: Tuple[Any, ...]) -> Optional[Turn]:
         checksum, _, at, target, input_tokens, model, instructions, tools, count = head
-        end = slot + self.HEAD.size + 4 * min(count, self.MAX_ITEMS)
-        if zlib.crc32(self._memory[slot + 4 : end]) != checksum:
+        begin = slot * 4 * self.MAX_ITEMS
+        data = self._memory[begin : begin + 4 * min(count, self.MAX_ITEMS)]
+        if zlib.crc32(data, zlib.crc32(self.HEAD.pack(*head)[4:])) != checksum:
             return None
-        items = struct.unpack_from(f"<{count}I", self._memory, slot + self.HEAD.size)
-        return Turn(at, target, input_tokens, Prefix(model, instructions, tools, items) if model else None)
+        prefix = Prefix(model, instructions, tools, struct.unpack(f"<{count}I", data)) if model else None
+        return Turn(at, target, input_tokens, prefix)
 
 
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
@@ -2303,7 +2312,7 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
         for session, entry in tally.sessions.items():
             other = total.sessions.get(session, {"requests": 0, "turns": [], "last": 0})
             newest = max(entry, other, key=lambda one: one["last"])
-            turns = sorted(other["turns"] + entry["turns"])[-LISTED:]
+            turns = sorted(other["turns"] + entry["turns"], key=lambda turn: turn[0])[-LISTED:]
             total.sessions[session] = {**newest, "requests": entry["requests"] + other["requests"], "turns": turns}
         total.misses += tally.misses
         total.errors += tally.errors
@@ -2324,11 +2333,14 @@ def render_metrics(tally: Tally) -> bytes:
                 lines.append(f"{name}_bucket{render_labels((*label_names, 'le'), (*labels, bound))} {count:.15g}")
             lines.append(f"{name}_sum{render_labels(label_names, labels)} {buckets[-1]:.15g}")
             lines.append(f"{name}_count{render_labels(label_names, labels)} {count:.15g}")
-    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+    return "\n".join([*lines, ""]).encode()
 
 
 def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
-    escaped = (value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values)
+    texts = (
+        value.encode("utf-8", "backslashreplace").decode() for value in values
+    )  # half a surrogate pair is no UTF-8
+    escaped = (text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts)
     pairs = ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
     return f"{{{pairs}}}" if pairs else ""
 
@@ -3971,9 +3983,9 @@ class ClientConnection:
             exchange.is_gone = True
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
-            if (
-                not exchange.usage or not exchange.usage.is_complete
-            ):  # Codex leaves after the last event, before the end
+            # The page closes its stream as it likes; Codex leaves after the last event, before the end.
+            is_whole = isinstance(answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
+            if not is_whole:
                 exchange.fail("client_gone")
             self._end_exchange(exchange)
         self._on_close(self)
@@ -4341,7 +4353,10 @@ class Feed:
         connection.phase = Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
-        connection.begin_answer(200, [*fields, ("Transfer-Encoding", "chunked")])
+        self._is_chunked = exchange.head is not None and exchange.head.version == 1
+        if self._is_chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        connection.begin_answer(200, fields)
         self.tick(connection.loop.now)
 
     def tick(self, now: float) -> None:
@@ -4363,7 +4378,7 @@ class Feed:
             self._last, self._said_at = status, now
 
     def _send(self, event: bytes) -> None:
-        self._connection.send_payload(b"%x\r\n%b\r\n" % (len(event), event), len(event))
+        self._connection.send_payload(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event, len(event))
 
     def resume(self) -> None:
         """What was kept for the page has been read: the next tick goes on."""
@@ -4589,7 +4604,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.model = model
         exchange.session = session_of(headers, members)
         exchange.cache_key = cache_key(members)
-        exchange.record.update(model=model, session=exchange.session.digest, session_source=exchange.session.source)
+        name = model and model[:MAX_NAME_CHARS]
+        exchange.record.update(model=name, session=exchange.session.digest, session_source=exchange.session.source)
         if body is not None and exchange.session.value is not None:
             exchange.members = members
         exchange.targets = targets
@@ -4698,7 +4714,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange.target = target
         exchange.renamed = (exchange.model, target.model) if exchange.model not in (None, target.model) else None
         exchange.record.update(
-            provider=target.provider.name, target=target.base_url, upstream_model=target.model or None
+            provider=target.provider.name,
+            target=target.base_url,
+            upstream_model=target.model[:MAX_NAME_CHARS] or None,
         )
         self.fleet.opened(target)
         return target
@@ -4775,10 +4793,11 @@ SMALL_TURN_BYTES: Final = (
 
 
 class Shared(NamedTuple):
-    """What all workers see: memory made before the first fork."""
+    """What all workers see: memory made before the first fork, and when that was (Unix time)."""
 
     sessions: SessionTable
     board: "Board"
+    started: int
 
 
 class Board:
@@ -4788,7 +4807,7 @@ class Board:
     place.  What another process reads in the wrong moment has a wrong checksum, and is read again.
     """
 
-    HALF_BYTES: Final = MIB  # memory is used as far as it is written
+    HALF_BYTES: Final = 16 * MIB  # memory is used as far as it is written
     HEAD: Final = struct.Struct("<QII")  # number of the publication, length, checksum
 
     def __init__(self, workers: int) -> None:
@@ -4802,8 +4821,8 @@ class Board:
 
     def publish(self, worker: int, tally: Tally) -> None:
         data = marshal.dumps(vars(tally))
-        if len(data) > self.HALF_BYTES - self.HEAD.size:  # hostile names; numbers alone stay far below
-            data = marshal.dumps({**vars(tally), "sessions": {}, "misses": [], "errors": []})
+        if len(data) > self.HALF_BYTES - self.HEAD.size:  # far more providers than anyone has: the last one stays
+            return
         newer, older = self._heads(worker)
         begin = older[3] + self.HEAD.size
         self._memory[begin : begin + len(data)] = data
@@ -4951,14 +4970,16 @@ class Server(http.server.ThreadingHTTPServer, Application):
     ) -> None:
         """*number* is the worker's; *page* the fields and the HTML of the status page."""
         self.state = state
-        self.fleet = Fleet()
         self.tally = shared.board.read(number)
+        before = self.tally.counts
+        self.fleet = Fleet((name, int(count)) for (name,), count in before["plexus_cooldowns_total"].items())
+        self._cpu_s = before["process_cpu_seconds_total"].get((), 0.0)  # of the worker that this one replaces
         self.page = page
         self._shared = shared
         self._number = number
         self.loop = Loop()
         self.log = log
-        self.started = int(time.time())
+        self.started = shared.started
         self._reload_state = reload_state
         self._turns: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
         self._handlers_lock = threading.Lock()  # protects _handlers and _spare
@@ -5044,7 +5065,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
             exchange.fail(usage.error)
         if record["input_tokens"] is None or target is None:
             return
-        turn = Turn(exchange.started, digest_of(target.id), record["input_tokens"], exchange.prefix)
+        prefix = exchange.prefix and exchange.prefix._replace(model=digest_of(target.model))
+        turn = Turn(exchange.started, digest_of(target.place), record["input_tokens"], prefix)
         previous = None
         if session is not None:
             key = bytes.fromhex(text_digest(f"{record['key']} {session}"))[:16]
@@ -5073,10 +5095,19 @@ class Server(http.server.ThreadingHTTPServer, Application):
         tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
         for name, value in process_figures().items():
             tally.counts[name] = {(): value}
+        tally.count("process_cpu_seconds_total", (), self._cpu_s)
+
+    def _publish(self) -> None:
+        self._measure()
+        if self._shared.board.workers > 1:
+            self._shared.board.publish(self._number, self.tally)
 
     def _total(self) -> Tally:
-        """Return the sum over all workers: of the others what they published last."""
-        self._measure()
+        """Return the sum over all workers: of the others what they published last.
+
+        What is shown is published first, so that what another worker shows next is never less.
+        """
+        self._publish()
         board = self._shared.board
         others = (board.read(number) for number in range(board.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
@@ -5205,8 +5236,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
             self.loop.guard(client.tick, now)
         self.state.transport.expire(now)
         if self._shared.board.workers > 1:
-            self._measure()
-            self._shared.board.publish(self._number, self.tally)
+            self._publish()
         for warning in self.state.credentials.look_again():
             self.log.event("warning", warning)
         if now > self._accept_again_at and not self._draining:
@@ -6218,7 +6248,7 @@ def serve(options: argparse.Namespace) -> int:
         say(f"{path}: workers: this system cannot fork, so one process serves", 2)
         workers = 1
 
-    shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers))
+    shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers), int(time.time()))
     page = (page_headers(PAGE), PAGE.encode("ascii"))
 
     def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:

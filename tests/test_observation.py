@@ -3,14 +3,16 @@
 import calendar
 import json
 import random
+import re
+import struct
 import time
 import tracemalloc
 import unittest
 import unittest.mock
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import plexus_lite
-from tests.support import message_item, response_events, response_object, sse
+from tests.support import make_config, message_item, response_events, response_object, sse
 from tests.test_fuzz import STREAM_HEAD, relay
 
 # The members of a record, in the contract's order.
@@ -287,11 +289,11 @@ class UsageReaderTest(unittest.TestCase):
                     )
 
     def test_megabytes_are_read_in_bounded_memory(self):
-        bulk = {"bulk": [dict(ECHO, description='a "quoted" \\ text' * 50) for _ in range(900)]}
+        bulk = {"bulk": [dict(ECHO, description='a "quoted" \\ text' * 50) for _ in range(600)]}
         for order in ({**bulk, **response_object([])}, {**response_object([]), **bulk}):
             data = sse("response.completed", response=order)
-            self.assertGreater(len(data), 1_000_000)
-            pieces = [data[place : place + 16_384] for place in range(0, len(data), 16_384)]
+            self.assertGreater(len(data), 800_000)
+            pieces = [data[place : place + 65_536] for place in range(0, len(data), 65_536)]
             reader = plexus_lite.UsageReader(True)
             tracemalloc.start()
             try:
@@ -336,6 +338,376 @@ class UsageReaderTest(unittest.TestCase):
         ):
             relay([STREAM_HEAD + b"2\r\n\n\n\r\n", b"2\r\n\n\n\r\n", b"0\r\n\r\n"])
         self.assertEqual(order, ["send", "read"] * 3)
+
+
+PREFIX = plexus_lite.Prefix(1, 2, 3, (10, 11, 12))
+OLD = plexus_lite.Turn(1000.0, 7, 4000, PREFIX)
+
+
+class MissReason(unittest.TestCase):
+    def test_reasons(self):
+        turn = OLD._replace(at=1010.0, input_tokens=5000)
+        other = PREFIX._replace(items=(10, 99))
+        moved = turn._replace(target=8)
+        # name, cached tokens, this turn, the previous one, whether there is a session, what is said
+        rows: Sequence[Tuple[str, Optional[int], plexus_lite.Turn, Optional[plexus_lite.Turn], bool, Any]] = (
+            ("unknown usage", None, turn, OLD, True, (None, None)),
+            ("unknown usage without a session", None, turn, None, False, (None, None)),
+            ("a hit", 3900, turn, OLD, True, (None, None)),
+            ("a hit is no miss whatever changed", 3900, moved, OLD, True, (None, None)),
+            ("half of the previous", 2000, turn, OLD, True, (None, None)),
+            ("one less", 1999, turn, OLD, True, ("unknown", None)),
+            ("half of this one, which is shorter", 1500, turn._replace(input_tokens=3000), OLD, True, (None, None)),
+            ("one less", 1499, turn._replace(input_tokens=3000), OLD, True, ("unknown", None)),
+            ("half without a session", 2500, turn, None, False, (None, None)),
+            ("one less", 2499, turn, None, False, ("no_session_value", None)),
+            ("half of an odd number", 2000, turn._replace(input_tokens=4001), None, False, ("no_session_value", None)),
+            ("nothing asked", 0, turn._replace(input_tokens=0), None, True, (None, None)),
+            ("no session, and short", 0, turn._replace(input_tokens=5), None, False, ("no_session_value", None)),
+            ("first", 0, turn, None, True, ("first_request", None)),
+            ("first, and short", 0, turn._replace(input_tokens=5), None, True, ("first_request", None)),
+            ("short", 0, turn._replace(input_tokens=1023), OLD, True, ("below_minimum", None)),
+            ("short, and moved", 0, moved._replace(input_tokens=1023), OLD, True, ("below_minimum", None)),
+            ("not short", 0, turn._replace(input_tokens=1024), OLD, True, ("unknown", None)),
+            ("moved", 0, moved, OLD, True, ("moved", None)),
+            ("moved, and changed", 0, moved._replace(prefix=other), OLD, True, ("moved", None)),
+            ("changed", 0, turn._replace(prefix=other), OLD, True, ("prefix_changed", 1)),
+            ("changed, and idle", 0, turn._replace(prefix=other, at=9000.0), OLD, True, ("prefix_changed", 1)),
+            ("5 minutes", 0, turn._replace(at=1300.0), OLD, True, ("unknown", None)),
+            ("more", 0, turn._replace(at=1300.1), OLD, True, ("idle", None)),
+            ("unread", 0, turn._replace(prefix=None), OLD, True, ("unknown", None)),
+            ("unread before", 0, turn, OLD._replace(prefix=None), True, ("unknown", None)),
+        )
+        for name, cached, new, old, has_session, wanted in rows:
+            with self.subTest(name, cached=cached):
+                self.assertEqual(plexus_lite.miss_reason(cached, new, old, has_session), wanted)
+
+    def test_where_a_prefix_changed(self):
+        first = {"model": "m", "instructions": "i", "tools": [{"name": "t"}], "input": [{"a": 1}, "b", {"c": [1.5]}]}
+        deep: Any = "x"
+        for _ in range(900):
+            deep = [deep]
+        rows: Sequence[Tuple[str, Dict[str, Any], Any]] = (
+            ("nothing", {}, None),
+            ("one more item", {"input": [*first["input"], "d"]}, None),  # type: ignore[misc]
+            ("fewer items", {"input": first["input"][:1]}, None),
+            ("what is no part of it", {"stream": True, "metadata": {"a": 1}, "temperature": 1}, None),
+            ("model", {"model": "n", "instructions": "j", "tools": [], "input": []}, "model"),
+            ("instructions", {"instructions": "j", "tools": [], "input": []}, "instructions"),
+            ("instructions gone", {"instructions": None}, "instructions"),
+            ("tools", {"tools": [{"name": "u"}], "input": []}, "tools"),
+            ("the first item", {"input": [{"a": 2}, "b"]}, 0),
+            ("the last item", {"input": [{"a": 1}, "b", {"c": [1.25]}]}, 2),
+            ("1 for true", {"input": [{"a": True}]}, 0),
+            ("a string for a list", {"input": "b"}, 0),
+            ("half a surrogate pair", {"input": ["\ud800"]}, 0),
+            ("nested deeply", {"input": [deep]}, 0),
+            ("items that are not known", {"previous_response_id": "resp_1", "input": ["z"]}, None),
+        )
+        old = plexus_lite.prefix_of(first)
+        for name, change, wanted in rows:
+            with self.subTest(name):
+                new = plexus_lite.prefix_of(json.loads(json.dumps({**first, **change})))
+                self.assertEqual(plexus_lite.changed_at(old, new), wanted)
+
+    def test_prefix_of_chat_and_of_a_string(self):
+        chat = {"model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
+        prefix = plexus_lite.prefix_of(chat)
+        self.assertEqual(len(prefix.items), 2)
+        changed = plexus_lite.prefix_of({**chat, "messages": [chat["messages"][0], "v"]})
+        self.assertEqual(plexus_lite.changed_at(prefix, changed), 1)
+        text = plexus_lite.prefix_of({"model": "m", "input": "hello"})
+        self.assertEqual(plexus_lite.changed_at(text, plexus_lite.prefix_of({"model": "m", "input": "hello"})), None)
+        self.assertEqual(plexus_lite.changed_at(text, plexus_lite.prefix_of({"model": "m", "input": "other"})), 0)
+        deeper: Any = "x"
+        for _ in range(50_000):
+            deeper = [deeper]
+        plexus_lite.prefix_of({"model": "m", "tools": deeper})  # says nothing of it, and does not fail
+
+
+class SessionTableTest(unittest.TestCase):
+    def setUp(self):
+        self.memory = bytearray(plexus_lite.SessionTable.BYTES)
+        self.table = plexus_lite.SessionTable(self.memory)
+
+    def test_a_turn_comes_back_as_it_was(self):
+        rows = (
+            OLD,
+            OLD._replace(prefix=None),
+            OLD._replace(prefix=PREFIX._replace(items=())),
+            plexus_lite.Turn(1.5, 2**32 - 1, 10**15, plexus_lite.Prefix(*[2**32 - 1] * 3, (2**32 - 1,) * 1024)),
+        )
+        self.assertIsNone(self.table.replace(b"k" * 16, rows[0]))
+        for place, turn in enumerate(rows):
+            self.assertEqual(self.table.replace(b"k" * 16, rows[(place + 1) % len(rows)]), turn)
+
+    def test_of_many_items_the_first_1024_are_kept(self):
+        many = OLD._replace(prefix=PREFIX._replace(items=tuple(range(3000))))
+        self.table.replace(b"k" * 16, many)
+        self.table.replace(b"l" * 16, OLD)
+        kept = self.table.replace(b"k" * 16, many)
+        self.assertEqual(kept and kept.prefix and kept.prefix.items, tuple(range(1024)))
+        self.assertEqual(self.table.replace(b"l" * 16, OLD), OLD)
+
+    def test_the_least_recently_used_of_a_bucket_goes(self):
+        ways = plexus_lite.SessionTable.WAYS
+        keys = [b"same" + bytes([number]) * 12 for number in range(ways + 1)]
+        for number, key in enumerate(keys[:ways]):
+            self.assertIsNone(self.table.replace(key, OLD._replace(at=100.0 + number)))
+        self.assertIsNotNone(self.table.replace(keys[0], OLD._replace(at=200.0)))
+        self.assertIsNone(self.table.replace(keys[ways], OLD._replace(at=201.0)))  # in the place of keys[1]
+        self.assertIsNotNone(self.table.replace(keys[0], OLD._replace(at=202.0)))
+        self.assertIsNotNone(self.table.replace(keys[2], OLD._replace(at=203.0)))
+        self.assertIsNone(self.table.replace(keys[1], OLD._replace(at=204.0)))
+
+    def test_a_torn_slot_counts_as_empty(self):
+        self.table.replace(b"k" * 16, OLD)
+        head = self.memory.index(b"k" * 16) - 4
+        items = self.memory.index(struct.pack("<3I", *PREFIX.items))
+        for place in (head, head + 3, head + 20, head + 28, head + 40, head + 51, items, items + 11):
+            self.memory[place] ^= 0xFF
+            self.assertIsNone(self.table.replace(b"k" * 16, OLD), place - head)
+            self.assertEqual(self.table.replace(b"k" * 16, OLD), OLD)
+
+    def test_1000_sessions_are_all_known_and_10_000_mostly(self):
+        rng = random.Random(1)
+        for count, share in ((1000, 0.999), (10_000, 0.8)):
+            keys = [rng.getrandbits(128).to_bytes(16, "big") for _ in range(count)]
+            for number, key in enumerate(keys):
+                self.table.replace(key, OLD._replace(at=1e6 * count + number))
+            known = sum(self.table.replace(key, OLD) is not None for key in keys)
+            self.assertGreater(known, share * count)
+
+
+SAMPLE = re.compile(
+    r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|\+Inf|NaN)"
+)
+LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"(?:,(?!$)|$)')
+Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def parse_metrics(text: bytes) -> Series:
+    """Parse Prometheus' text format 0.0.4 strictly: each name's HELP and TYPE once and before its samples, no series twice."""
+    assert text.endswith(b"\n") and not text.endswith(b"\n\n")
+    series: Series = {}
+    kinds: Dict[str, str] = {}
+    helped, current = "", ""
+    for line in text.decode("utf-8").split("\n")[:-1]:
+        if line.startswith("# HELP "):
+            helped = line.split(" ")[2]
+            continue
+        if line.startswith("# TYPE "):
+            _, _, current, kind = line.split(" ")
+            assert current == helped and current not in kinds and kind in ("counter", "gauge", "histogram"), line
+            kinds[current] = kind
+            continue
+        found = SAMPLE.fullmatch(line)
+        assert found, line
+        name, labels = found.group("name"), found.group("labels") or ""
+        suffix = name[len(current) :]
+        assert name.startswith(current), (name, current)
+        assert suffix in (("_bucket", "_sum", "_count") if kinds[current] == "histogram" else ("",)), line
+        assert (kinds[current] == "counter") == current.endswith("_total"), line
+        pairs = LABEL.findall(labels)
+        assert "".join(f'{key}="{value}",' for key, value in pairs)[:-1] == labels, line
+        unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+        plain = tuple((key, re.sub(r"\\.", lambda one: unescape[one.group()], value)) for key, value in pairs)
+        assert (name, plain) not in series, line
+        series[name, plain] = float(found.group("value"))
+    check_histograms(series)
+    return series
+
+
+def check_histograms(series: Series) -> None:
+    buckets: Dict[Any, List[Tuple[float, float]]] = {}
+    for (name, labels), value in series.items():
+        if name.endswith("_bucket"):
+            rest = tuple(pair for pair in labels if pair[0] != "le")
+            buckets.setdefault((name[:-7], rest), []).append((float(dict(labels)["le"]), value))
+    for (name, labels), rows in buckets.items():
+        assert rows == sorted(rows) and [count for _, count in rows] == sorted(count for _, count in rows), rows
+        assert rows[-1] == (float("inf"), series[name + "_count", labels]), rows
+        assert (name + "_sum", labels) in series
+
+
+def record_of(**members: Any) -> Dict[str, Any]:
+    record = plexus_lite.new_record(0.0, "req_1", "127.0.0.1")
+    record.update(key="team", route="/responses", model="m", provider="up", target="http://u/v1", status=200)
+    record.update(session="6b01c344dbe5", duration_ms=70.0, ttfb_ms=50.0, bytes_in=10, bytes_out=20)
+    record.update(input_tokens=100, cached_tokens=90, output_tokens=5)
+    record.update(members)
+    return record
+
+
+def tally_of(*records: Mapping[str, Any], now: float = 6000.0) -> plexus_lite.Tally:
+    tally = plexus_lite.Tally()
+    for place, record in enumerate(records):
+        tally.add(record, now + place)
+    return tally
+
+
+def total(series: Series, name: str, **labels: str) -> float:
+    return sum(value for (one, pairs), value in series.items() if one == name and labels.items() <= dict(pairs).items())
+
+
+class MetricsTest(unittest.TestCase):
+    def render(self, tally: plexus_lite.Tally) -> Series:
+        return parse_metrics(plexus_lite.render_metrics(tally))
+
+    def test_an_empty_tally(self):
+        self.assertEqual(self.render(plexus_lite.Tally()), {})
+
+    def test_what_a_request_counts(self):
+        miss = record_of(cached_tokens=0, miss_reason="first_request", cache_write_tokens=100)
+        refused = record_of(status=401, error="invalid_api_key", provider=None, target=None, session=None, model=None)
+        refused.update(input_tokens=None, cached_tokens=None, output_tokens=None)
+        unknown = record_of(input_tokens=None, cached_tokens=None, output_tokens=None, status=502, error="x")
+        series = self.render(tally_of(record_of(), miss, refused, unknown))
+        self.assertEqual(total(series, "plexus_requests_total"), 4)
+        self.assertEqual(total(series, "plexus_requests_total", status="4xx", provider="", model=""), 1)
+        self.assertEqual(total(series, "plexus_requests_total", status="5xx", provider="up", model="m"), 1)
+        kinds = {
+            kind: total(series, "plexus_tokens_total", kind=kind)
+            for kind in ("input", "cached", "cache_write", "output")
+        }
+        self.assertEqual(kinds, {"input": 200, "cached": 90, "cache_write": 100, "output": 10})
+        self.assertEqual(total(series, "plexus_cache_misses_total", reason="first_request", model="m"), 1)
+        self.assertEqual(total(series, "plexus_received_bytes_total"), 40)
+        self.assertEqual(total(series, "plexus_ttfb_seconds_count"), 3)
+        self.assertAlmostEqual(total(series, "plexus_request_duration_seconds_sum"), 0.21)
+        self.assertEqual(total(series, "plexus_ttfb_seconds_bucket", le="0.05"), 3)  # its bound belongs to a bucket
+        self.assertEqual(total(series, "plexus_ttfb_seconds_bucket", le="0.025"), 0)
+
+    def test_hostile_names_stay_one_label(self):
+        names = [
+            'a"b',
+            "a\\",
+            "a\nb",
+            'a\\"\n',
+            "\u4e2d\U0001f600",
+            "a\rb\u2028",
+            "{},=",
+            "\ud800",
+            "\ud801",
+            "\0",
+            " ",
+        ]
+        series = self.render(tally_of(*(record_of(model=name, miss_reason="idle") for name in names)))
+        found = {dict(labels)["model"] for name, labels in series if name == "plexus_cache_misses_total"}
+        self.assertEqual({name for name in names if name.isprintable() or name.isascii()} - found, set())
+
+    def test_models_are_bounded(self):
+        tally = tally_of(*(record_of(model=f"m{number}") for number in range(1000)))
+        series = self.render(tally)
+        models = {dict(labels)["model"] for _, labels in series if labels and dict(labels).get("model")}
+        self.assertLessEqual(len(models), plexus_lite.MAX_MODELS + 1)
+        self.assertIn(plexus_lite.OTHER, models)
+        self.assertEqual(total(series, "plexus_requests_total"), 1000)
+        self.assertLessEqual(len(tally.sessions), plexus_lite.MAX_LISTED_SESSIONS)
+
+    def test_the_sum_of_workers_is_what_one_would_have_counted(self):
+        rng = random.Random(1)
+        records = []
+        for number in range(300):
+            changes: Dict[str, Any] = {"model": f"m{rng.randrange(5)}", "session": f"s{rng.randrange(9)}"}
+            changes.update(
+                provider=rng.choice(("a", "b")), status=rng.choice((200, 502)), ttfb_ms=2.0 ** rng.randrange(21)
+            )
+            changes.update(
+                cached_tokens=rng.choice((None, 0, 90)), miss_reason=rng.choice((None, "idle")), id=str(number)
+            )
+            records.append(record_of(**changes))
+        one, parts = plexus_lite.Tally(), [plexus_lite.Tally() for _ in range(3)]
+        for number, record in enumerate(records):
+            one.add(record, 6000.0 + 20 * number)
+            rng.choice(parts).add(record, 6000.0 + 20 * number)
+        merged = plexus_lite.merge_tallies(parts)
+        self.assertEqual(self.render(merged), self.render(one))
+        everybody, config = plexus_lite.Identity(), plexus_lite.parse_config(make_config("http://u/v1"))
+        now = 6000.0 + 20 * len(records)
+        status = plexus_lite.render_status(merged, everybody, config, now)
+        wanted = plexus_lite.render_status(one, everybody, config, now)
+        for name in ("models", "targets"):
+            self.assertEqual(sorted(status.pop(name), key=str), sorted(wanted.pop(name), key=str))
+        self.assertEqual(status, wanted)
+
+    def test_turns_of_one_moment_are_no_error(self):
+        turns = [{"cached_tokens": 5, "input_tokens": value} for value in (None, 7, None)]
+        tally = plexus_lite.Tally()
+        for turn in turns:
+            tally.add(record_of(**turn), 6000.0)
+        self.assertEqual(len(plexus_lite.merge_tallies([tally]).sessions["team", "6b01c344dbe5"]["turns"]), 3)
+
+    def test_minutes_are_kept_for_an_hour(self):
+        tally, config = plexus_lite.Tally(), plexus_lite.parse_config(make_config("http://u/v1"))
+        for minute in range(100, 300):
+            tally.add(record_of(), minute * 60.0 + 30)
+        self.assertLessEqual(len(tally.minutes), 60)
+        minutes = plexus_lite.render_status(tally, plexus_lite.Identity(), config, 299 * 60.0 + 59)["minutes"]
+        self.assertEqual(minutes, [[minute * 60, 1, 100, 90] for minute in range(240, 300)])
+
+
+class StatusTest(unittest.TestCase):
+    PRICES = {"m": {"input": 2, "cached": 0.5, "output": 10}}
+
+    def status(self, tally: plexus_lite.Tally, name: Optional[str] = None, is_admin: bool = False) -> Dict[str, Any]:
+        config = plexus_lite.parse_config(make_config("http://u/v1", prices=self.PRICES))
+        identity = plexus_lite.Identity(name, is_admin=is_admin)
+        return dict(plexus_lite.render_status(tally, identity, config, 7000.0))
+
+    def test_a_key_sees_its_own_sessions_and_everybodys_sums(self):
+        records = [record_of(key=key, miss_reason="idle", error="x") for key in ("a", "b", None)]
+        tally = tally_of(*records)
+        for name, is_admin, keys in (
+            ("a", False, ["a"]),
+            ("c", False, []),
+            ("a", True, [None, "b", "a"]),
+            (None, False, [None, "b", "a"]),
+        ):
+            with self.subTest(name, admin=is_admin):
+                status = self.status(tally, name, is_admin)
+                for listed in ("sessions", "misses", "errors"):
+                    self.assertEqual([row["key"] for row in status[listed]], keys)
+                self.assertEqual((status["totals"]["requests"], status["key"]), (3, name))
+                self.assertEqual(status["all_sessions"], is_admin or name is None)
+                json.dumps(status)
+
+    def test_money(self):
+        self.assertEqual(self.status(tally_of(record_of(model="free")))["saved"], None)
+        status = self.status(
+            tally_of(record_of(input_tokens=3_000_000, cached_tokens=2_000_000, output_tokens=100_000))
+        )
+        self.assertEqual((status["spent"], status["saved"]), (2 + 1 + 1, 3))
+
+    def test_lists_are_bounded_and_latest_first(self):
+        records = [record_of(session=f"s{number % 90}", miss_reason="idle", error="x") for number in range(300)]
+        status = self.status(tally_of(*records))
+        self.assertEqual([len(status[name]) for name in ("sessions", "misses", "errors")], [50, 20, 20])
+        self.assertEqual([row["ts"] for row in status["misses"]], [6299.0 - number for number in range(20)])
+        tally = tally_of(*(record_of() for _ in range(50)))
+        turns = self.status(tally)["sessions"][0]["turns"]
+        self.assertEqual(list(map(list, turns)), [[6030.0 + number, 100, 90, None] for number in range(20)])
+
+
+class LineTest(unittest.TestCase):
+    def test_lines_for_a_terminal(self):
+        record = record_of(ts="2026-01-02T03:04:05.678Z", method="POST")
+        line = "03:04:05  200  POST /responses  m  up  6b01c344dbe5  70 ms  cached 90 of 100 (90%)"
+        bare = plexus_lite.new_record(0.0, "", "")
+        event = {"ts": "2026-01-02T03:04:05.678Z", "level": "error", "message": "a\nb"}
+        rows = (
+            (record, line),
+            (
+                dict(record, miss_reason="prefix_changed", prefix_changed_at=0),
+                line + "  miss_reason prefix_changed  prefix_changed_at 0",
+            ),
+            (dict(record, model="\x1b[31m\n\u202e"), line.replace("  m  ", "  \\x1b[31m\\n\\u202e  ")),
+            (dict(record, error="x", cached_tokens=None), line.partition("  cached")[0] + "  error x"),
+            (bare, "00:00:00  None  - -  0 ms"),
+            (event, "03:04:05 error: a\\nb"),
+        )
+        for value, wanted in rows:
+            self.assertEqual(plexus_lite.render_line(value), wanted)
 
 
 if __name__ == "__main__":

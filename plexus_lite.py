@@ -1413,20 +1413,19 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
     """Return what stands for the key *name* in the address of an event stream, since EventSource sends no header."""
-    text = f"{expires}.{urllib.parse.quote(name or '', safe='')}"
+    text = f"{expires}.{(name or '').encode('utf-8', 'replace').hex()}"
     return f"{hmac.new(secret, text.encode(), 'sha256').hexdigest()}.{text}"
 
 
 def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) -> Identity:
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
-    _, expires, quoted = [*ticket.split(".", 2), "", ""][:3]  # a name may have dots
-    name = urllib.parse.unquote(quoted)
-    if not re.fullmatch("[0-9]{1,12}", expires) or not hmac.compare_digest(
-        ticket.encode("utf-8", "replace"), make_ticket(secret, name, int(expires)).encode()
-    ):
+    found = re.fullmatch(r"[0-9a-f]{64}\.([0-9]{1,12})\.((?:[0-9a-f]{2})*)", ticket)
+    expires = int(found.group(1)) if found else 0
+    name = bytes.fromhex(found.group(2)).decode("utf-8", "replace") if found else ""
+    if not found or not hmac.compare_digest(ticket, make_ticket(secret, name, expires)):
         raise unknown_key("the ticket is not known here; POST /status with a key gives one")
-    if int(expires) < now or (name not in keys if keys else name):
+    if expires < now or (name not in keys if keys else name):
         raise unknown_key("the ticket has expired; POST /status with a key gives another")
     return Identity(name, None, frozenset(), keys[name].models, keys[name].admin) if name else Identity()
 

@@ -1,0 +1,415 @@
+"""Rooms 7 and 10 to 12 together: what the log, /metrics and /status say of real traffic, against what the upstream counted."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from tests import support
+from tests.support import Answer, FakeUpstream, Pause, Proxy, RawClient, Recorded, Reply, build_request, enter
+from tests.test_observation import Series, parse_metrics, total
+from tests.test_workers import children, wait_until
+
+KEYS = {
+    "team": {"secret": "sk-client"},
+    "a.b c": {"secret": "sk-other"},
+    "boss": {"secret": "sk-admin", "admin": True},
+}
+TOOLS = [{"type": "function", "name": "t"}]
+ITEMS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+NULLS = {"input_tokens": None, "cached_tokens": None, "miss_reason": None, "prefix_changed_at": None}
+# Runs the program with another idle time: 5 minutes are a constant.
+RUNNER = "import sys; sys.path.insert(0, {!r}); import plexus_lite; plexus_lite.CACHE_IDLE_S = {!r}; sys.exit(plexus_lite.main(sys.argv[1:]))"
+
+
+class Counting:
+    """What the upstreams do and count: the request's metadata says with how many tokens it is answered."""
+
+    def __init__(self) -> None:
+        self.input_tokens = self.cached_tokens = 0
+        self.refused: List[str] = []
+
+    def reply(self, request: Recorded) -> Reply:
+        if request.method != "POST" or request.target.endswith("/cancel"):
+            return support.answer(200, (), support.response_object([], input_tokens=10**6))
+        body = request.json()
+        wish = body.get("metadata", {})
+        if wish.get("refuse") and wish["refuse"] not in self.refused:
+            self.refused.append(wish["refuse"])
+            return support.answer(503, (), {"error": {"code": "busy"}})
+        if "raw" in wish:
+            return support.stream(*(event.encode() for event in wish["raw"]), end=wish.get("end", True))
+        tokens, cached = wish.get("tokens", (2048, 1920))
+        response = support.response_object([support.message_item("hi")], body["model"], "resp_1", tokens, cached)
+        if wish.get("gzip"):
+            return support.answer(
+                200,
+                {"Content-Encoding": "gzip", "Content-Type": "application/json"},
+                gzip.compress(json.dumps(response).encode()),
+            )
+        self.input_tokens += tokens
+        self.cached_tokens += cached
+        return (
+            support.stream(*support.response_events(response))
+            if body.get("stream")
+            else support.answer(200, (), response)
+        )
+
+
+Row = Tuple[str, Dict[str, Any], Tuple[int, int], Optional[str], Any]
+# name, what changes in the conversation, tokens and cached tokens, the reason, and where the prefix changed
+ROWS: Sequence[Row] = (
+    ("first", {}, (5000, 0), "first_request", None),
+    ("hit", {}, (5200, 4992), None, None),
+    ("one more item", {"input": [*ITEMS, {"role": "user", "content": "d"}]}, (5300, 5120), None, None),
+    ("half a hit", {}, (5300, 2650), None, None),
+    ("unknown", {}, (5300, 2649), "unknown", None),
+    ("too short", {"input": ITEMS[:1]}, (1023, 0), "below_minimum", None),
+    ("back", {"input": ITEMS}, (5000, 1000), None, None),
+    ("another model", {"model": "gpt-other"}, (5000, 0), "prefix_changed", "model"),
+    ("hit there", {}, (5000, 4992), None, None),
+    ("other instructions", {"instructions": "be brief"}, (5000, 0), "prefix_changed", "instructions"),
+    ("other tools", {"tools": TOOLS * 2, "input": ITEMS[1:]}, (5000, 0), "prefix_changed", "tools"),
+    ("back to all items", {"input": ITEMS}, (5000, 0), "prefix_changed", 0),
+    ("the last item", {"input": [*ITEMS[:2], {"role": "user", "content": "C"}]}, (5000, 0), "prefix_changed", 2),
+    ("hit again", {}, (5000, 5000), None, None),
+)
+
+
+class ViewCase(unittest.TestCase):
+    def start(self, runner: Optional[str] = None, upstreams: int = 1, **overrides: Any) -> None:
+        self.counting = Counting()
+        self.upstreams = [enter(self.addCleanup, FakeUpstream()) for _ in range(upstreams)]
+        for upstream in self.upstreams:
+            upstream.default = self.counting.reply
+        config = support.make_config(self.upstreams, {"models": ["gpt-test", "*"]}, **{"keys": KEYS, **overrides})
+        self.proxy = Proxy(config)
+        if runner:
+            self.proxy._command[1:2] = ["-c", runner]
+        enter(self.addCleanup, self.proxy)
+
+    def ask(self, session: Optional[str], key: Optional[str] = "sk-client", **body: Any) -> Dict[str, Any]:
+        """Send a request and return its record."""
+        body = {"model": "gpt-test", "instructions": "be kind", "tools": TOOLS, "input": ITEMS, **body}
+        headers = {"session-id": session} if session else {}
+        return self.record(support.post(self.proxy.port, "/v1/responses", body, headers, key))
+
+    def record(self, got: Answer) -> Dict[str, Any]:
+        number = got.header("x-plexus-request-id")
+        return self.proxy.wait_for_record(lambda one: one.get("id") == number)
+
+    def converse(self, session: str, rows: Sequence[Row] = ROWS) -> None:
+        body: Dict[str, Any] = {}
+        for number, (name, change, tokens, reason, changed) in enumerate(rows):
+            body.update(change)
+            record = self.ask(session, stream=number % 2 == 0, metadata={"tokens": tokens}, **body)
+            said = {member: record[member] for member in NULLS}
+            wanted = dict(
+                input_tokens=tokens[0], cached_tokens=tokens[1], miss_reason=reason, prefix_changed_at=changed
+            )
+            self.assertEqual(said, wanted, name)
+
+    def scrape(self) -> Series:
+        got = support.get(self.proxy.port, "/metrics", key="sk-admin")
+        self.assertEqual(got.header("Content-Type"), "text/plain; version=0.0.4; charset=utf-8")
+        return parse_metrics(got.body)
+
+    def ticket(self, key: Optional[str] = "sk-admin") -> str:
+        got = support.post(self.proxy.port, "/status", b"", key=key)
+        self.assertEqual((got.status, got.json()["expires_in"]), (200, 60))
+        return str(got.json()["ticket"])
+
+    def status(self, key: Optional[str] = "sk-admin") -> Dict[str, Any]:
+        with Page(self.proxy.port, self.ticket(key)) as page:
+            return page.next()
+
+    def assertCountedAlike(self) -> None:
+        """Log, /metrics and /status say what the upstreams counted."""
+        wanted = (self.counting.input_tokens, self.counting.cached_tokens)
+        known = [one for one in self.proxy.log_records() if one.get("input_tokens") is not None]
+        log = tuple(sum(one[name] for one in known) for name in ("input_tokens", "cached_tokens"))
+        self.assertEqual(log, wanted)
+
+        def metrics() -> Tuple[float, ...]:
+            series = self.scrape()
+            return tuple(total(series, "plexus_tokens_total", kind=kind) for kind in ("input", "cached"))
+
+        wait_until(lambda: metrics() == wanted, f"/metrics {metrics()}, the upstream {wanted}")
+        totals = self.status()["totals"]
+        self.assertEqual((totals["input_tokens"], totals["cached_tokens"]), wanted)
+
+
+class Page(RawClient):
+    """The status page's event stream."""
+
+    def __init__(self, port: int, ticket: str) -> None:
+        super().__init__(port)
+        self.send(build_request("GET", "/status?ticket=" + ticket, key=None))
+        self.first_line = self.take_line()
+        self.fields = dict(self.take_fields())
+        self.chunks = self.take_chunks()
+
+    def next(self) -> Dict[str, Any]:
+        """Return the next event's data."""
+        event = next(chunk for chunk in self.chunks if not chunk.startswith(b":"))
+        assert event.startswith(b"event: status\ndata: ") and event.endswith(b"\n\n") and event.count(b"\n") == 3, event
+        found: Dict[str, Any] = json.loads(event[len(b"event: status\ndata: ") :])
+        return found
+
+
+class ReasonsTest(ViewCase):
+    def test_every_reason_and_no_false_one(self) -> None:
+        self.start(upstreams=2)
+        self.converse("session", [row for row in ROWS if "model" not in row[1]])  # another model may lie elsewhere
+        self.assertEqual(self.ask(None, metadata={"tokens": (5000, 0)})["miss_reason"], "no_session_value")
+        self.assertEqual(self.ask(None, metadata={"tokens": (5000, 2500)})["miss_reason"], None)
+        # Another key's session of that name is another session.
+        self.assertEqual(
+            self.ask("session", "sk-other", metadata={"tokens": (5000, 0)})["miss_reason"], "first_request"
+        )
+        moved = self.ask("session", metadata={"tokens": (5000, 0), "refuse": "once"})
+        self.assertEqual((moved["miss_reason"], moved["prefix_changed_at"], moved["attempts"]), ("moved", None, 2))
+        back = self.ask("session", metadata={"tokens": (5000, 4000)})
+        self.assertEqual((back["miss_reason"], back["target"]), (None, moved["target"]))
+        packed = self.ask("session", metadata={"gzip": True})
+        self.assertEqual({name: packed[name] for name in NULLS}, NULLS)
+        self.assertCountedAlike()
+        series = self.scrape()
+        misses = {
+            dict(labels)["reason"]: int(value)
+            for (name, labels), value in series.items()
+            if name == "plexus_cache_misses_total" and dict(labels)["model"] == "gpt-test"
+        }
+        self.assertEqual(
+            misses,
+            {
+                "first_request": 2,
+                "unknown": 1,
+                "below_minimum": 1,
+                "prefix_changed": 4,
+                "no_session_value": 1,
+                "moved": 1,
+            },
+        )
+        self.assertEqual(total(series, "plexus_failovers_total", provider="up"), 1)
+        self.assertEqual(total(series, "plexus_cooldowns_total", provider="up"), 1)
+        status = self.status()
+        self.assertEqual([one["open"] for one in status["targets"]], [0, 0])
+        self.assertEqual(sum(one["cooling_s"] > 0 for one in status["targets"]), 1)
+
+    def test_two_workers_give_the_same_reasons_and_the_sum(self) -> None:
+        self.start(workers=2)
+        wait_until(lambda: len(children(self.proxy.process.pid)) == 2, "two workers")
+        for number in range(2):
+            self.converse(f"session-{number}")
+        self.assertCountedAlike()
+        self.assertEqual(len(self.status()["sessions"]), 2)
+        for _ in range(6):  # the worker that gave the ticket, or the other
+            self.assertEqual(self.status()["started"], self.status()["started"])
+
+    def test_idle(self) -> None:
+        self.start(RUNNER.format(os.path.dirname(support.PROGRAM), 0.0))
+        self.converse("s", ROWS[:2])
+        self.assertEqual(self.ask("s", metadata={"tokens": (5000, 0)})["miss_reason"], "idle")
+        self.assertEqual(self.ask("s", model="n", metadata={"tokens": (5000, 0)})["miss_reason"], "prefix_changed")
+
+
+class ErrorsTest(ViewCase):
+    def test_errors_have_a_line_and_the_scrape_is_what_promtool_takes(self) -> None:
+        self.start(upstreams=2)
+        failed = support.sse(
+            "response.failed", response={"error": {"code": "rate_limit_exceeded"}, "usage": None}
+        ).decode()
+        rows: Sequence[Tuple[str, Any, Optional[str]]] = (
+            ("response.failed", {"raw": [failed]}, "rate_limit_exceeded"),
+            ("an error event", {"raw": [support.sse("error", code="server_error").decode()]}, "server_error"),
+            ("a cut", {"raw": ["data: 1\n\n"], "end": False}, None),
+        )
+        for name, wish, error in rows[:2]:
+            record = self.ask("errors", stream=True, metadata=wish)
+            self.assertEqual((record["status"], record["error"], record["input_tokens"]), (200, error, None), name)
+        for upstream in self.upstreams:
+            upstream.script([*support.stream(b"data: 1\n\n", end=False), support.Cut()])
+        self.assertEqual(self.ask("cut")["error"], "upstream_closed")
+        for upstream in self.upstreams:
+            upstream.reset()
+            upstream.script(support.answer(400, (), {"error": {"code": "bad_thing", "type": "t"}}))
+        record = self.ask("refused by the upstream")
+        self.assertEqual((record["status"], record["error"]), (400, "bad_thing"))
+        for upstream in self.upstreams:
+            upstream.reset()
+        port = self.proxy.port
+        self.assertEqual(self.record(support.get(port, "/nowhere"))["error"], "not_found")
+        self.assertEqual(self.record(support.post(port, "/responses", {}, key="sk-wrong"))["error"], "invalid_api_key")
+        self.assertEqual(self.record(support.exchange(port, b"GET\r\n\r\n"))["status"], 400)
+        self.assertEqual(self.ask("moved", metadata={"refuse": "it"})["attempts"], 2)
+        self.ask("hostile", model='a"b\\c\nd\r\u2028é\ud800')
+        self.ask("long", model="long" * 100_000)
+        stored = self.record(support.get(port, "/v1/responses/resp_1"))  # its tokens were counted when it was made
+        self.assertEqual((stored["status"], stored["input_tokens"]), (200, None))
+        self.assertCountedAlike()
+        raw = support.get(port, "/metrics", key="sk-admin").body
+        self.assertLess(len(raw), 100_000)
+        self.assertEqual(total(parse_metrics(raw), "plexus_requests_total", status="4xx"), 4)
+        if shutil.which("promtool") is None:
+            self.skipTest("promtool is not installed")
+        checked = subprocess.run(["promtool", "check", "metrics"], input=raw, capture_output=True, timeout=30)
+        self.assertEqual((checked.returncode, checked.stdout + checked.stderr), (0, b""))
+
+    def test_a_client_that_leaves(self) -> None:
+        self.start()
+        whole = b"".join(support.response_events(support.response_object([])))
+        for name, events, error, tokens in (
+            ("after the end", whole, None, 2048),
+            ("before it", whole[:-9], "client_gone", None),
+        ):
+            pause = Pause(threading.Event())
+            self.upstreams[0].script(support.stream(events, pause))
+            with RawClient(self.proxy.port) as client:
+                client.send(build_request("POST", "/v1/responses", {"model": "gpt-test", "input": name}))
+                client.wait_for(events[-40:])
+            record = self.proxy.wait_for_record(lambda one, count=len(events): one["bytes_out"] == count)
+            self.assertEqual((record["error"], record["status"], record["input_tokens"]), (error, 200, tokens), name)
+
+
+class MetricsTest(ViewCase):
+    def test_a_key_is_needed(self) -> None:
+        self.start()
+        for path in ("/metrics", "/status"):
+            self.assertEqual(support.get(self.proxy.port, path, key=None).status, 401)
+        head = support.exchange(self.proxy.port, build_request("HEAD", "/metrics"))
+        self.assertEqual((head.status, head.body, int(head.header("Content-Length") or 0) > 1000), (200, b"", True))
+
+    def test_counters_never_go_backwards_when_a_worker_is_killed(self) -> None:
+        self.start(workers=2)
+        wait_until(lambda: len(children(self.proxy.process.pid)) == 2, "two workers")
+        before: Series = {}
+
+        def look() -> Series:
+            series = self.scrape()
+            for (name, labels), value in before.items():
+                if name.endswith(("_total", "_bucket", "_count", "_sum")):
+                    self.assertGreaterEqual(series.get((name, labels), 0), value, (name, labels))
+            before.update(series)
+            return series
+
+        for number in range(10):
+            self.ask(f"s{number}", metadata={"raw": []} if number % 5 == 0 else {})
+            look()
+        wait_until(lambda: total(look(), "plexus_tokens_total", kind="input") == 8 * 2048, "all is published")
+        pids = children(self.proxy.process.pid)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(
+            lambda: bool(look()) and len(set(children(self.proxy.process.pid)) - set(pids)) == 1, "another worker"
+        )
+        for number in range(10):
+            self.ask(f"t{number}")
+            look()
+        wait_until(lambda: total(look(), "plexus_tokens_total", kind="input") == 18 * 2048, "the sum of all")
+
+
+class StatusTest(ViewCase):
+    def test_who_sees_what_and_when(self) -> None:
+        self.start(prices={"gpt-test": {"input": 1.0, "cached": 0.1}})
+        with Page(self.proxy.port, self.ticket("sk-admin")) as page:
+            self.assertEqual((page.first_line, page.fields["Content-Type"]), ("HTTP/1.1 200 OK", "text/event-stream"))
+            self.assertEqual(page.fields["Cache-Control"], "no-store")
+            first = page.next()
+            self.assertEqual((first["key"], first["all_sessions"], first["sessions"]), ("boss", True, []))
+            self.assertAlmostEqual(first["now"], time.time(), delta=60)
+            for key in ("sk-client", "sk-other"):
+                self.ask("mine", key, metadata={"tokens": (5000, 0)})
+            event = first
+            while len(event["sessions"]) < 2:
+                event = page.next()
+            self.assertEqual({one["key"] for one in event["sessions"]}, {"team", "a.b c"})
+            self.assertEqual([one["miss_reason"] for one in event["misses"]], ["first_request"] * 2)
+            self.assertEqual(event["sessions"][0]["turns"][0][1:], [5000, 0, "first_request"])
+            own = self.status("sk-other")
+            self.assertEqual((own["key"], own["all_sessions"], own["totals"]["requests"]), ("a.b c", False, 2))
+            self.assertEqual([one["key"] for one in (*own["sessions"], *own["misses"])], ["a.b c"] * 2)
+            self.assertEqual((own["spent"], own["saved"]), (0.01, 0.0))
+            # The page closes its stream when it is hidden: that is no error.
+            record = self.proxy.wait_for_record(lambda one: one["route"] == "/status" and one["method"] == "GET")
+            self.assertEqual((record["status"], record["error"], record["key"]), (200, None, "a.b c"))
+            self.proxy.process.send_signal(signal.SIGTERM)
+            self.assertEqual(list(page.chunks)[1:], [])  # the stream ends whole, perhaps after one more event
+        self.assertEqual(self.proxy.process.wait(5), 0)
+
+    def test_tickets(self) -> None:
+        self.start()
+        good = self.ticket("sk-other")
+        mac, expires, name = good.split(".", 2)
+        forged = (
+            f"{mac}.{int(expires) + 1}.{name}",
+            f"{mac}.{expires}.boss",
+            f"{'0' * 64}.{expires}.{name}",
+            good[:-1],
+        )
+        for ticket in (*forged, "", "a", "..", "%00.1.a", f"{mac}.-1.{name}", f"{mac}.{expires}", "é", "1" * 999, mac):
+            got = support.get(self.proxy.port, "/status?ticket=" + ticket.replace("é", "%C3%A9"), key=None)
+            self.assertEqual((got.status, got.error_code), (401, "invalid_api_key"), ticket)
+        self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-wrong").status, 401)
+        self.assertEqual(support.exchange(self.proxy.port, build_request("HEAD", "/status")).status, 405)
+        with Page(self.proxy.port, good) as page:
+            self.assertEqual(page.next()["key"], "a.b c")
+        config = support.make_config(self.upstreams, keys={"team": KEYS["team"]})
+        self.proxy.write_config(config)
+        self.proxy.process.send_signal(signal.SIGHUP)
+        self.proxy.wait_for_record(lambda one: one.get("message") == "configuration reloaded")
+        self.assertEqual(support.get(self.proxy.port, "/status?ticket=" + good, key=None).status, 401)
+        self.assertNotIn(mac, self.proxy.error_text())
+
+    def test_without_keys(self) -> None:
+        self.start(keys=None)
+        self.ask("s", key=None)
+        status = self.status(None)
+        self.assertEqual((status["key"], status["all_sessions"], len(status["sessions"])), (None, True, 1))
+        for method, path in (("POST", "/status"), ("GET", "/metrics"), ("GET", "/status")):
+            for headers in (
+                {"Origin": "http://evil.example"},
+                {"Sec-Fetch-Site": "cross-site"},
+                {"Host": "evil.example"},
+            ):
+                got = support.exchange(
+                    self.proxy.port, build_request(method, path, b"" if method == "POST" else None, headers, None)
+                )
+                self.assertEqual((got.status, got.error_code), (403, "forbidden_origin"), (path, headers))
+        with RawClient(self.proxy.port) as client:  # HTTP/1.0 knows no chunks
+            client.send(b"GET /status HTTP/1.0\r\n\r\n")
+            came = client.wait_for(b"\n\n")
+        self.assertNotIn(b"Transfer-Encoding", came)
+        self.assertRegex(came, rb"\r\n\r\nevent: status\ndata: {.*}\n\n$")
+
+
+@unittest.skipUnless(hasattr(os, "openpty"), "this system has no pseudo-terminals")
+class TerminalTest(ViewCase):
+    def test_a_terminal_gets_lines_for_people_in_which_names_are_escaped(self) -> None:
+        upstream = enter(self.addCleanup, FakeUpstream())
+        proxy = Proxy(support.make_config(upstream, {"models": ["*"]}))
+        ours, theirs = os.openpty()
+        self.addCleanup(os.close, ours)
+        self.addCleanup(os.close, theirs)
+        code = "import os, sys; os.set_inheritable(os.dup(2), True); os.dup2(os.open({!r}, os.O_RDWR | os.O_NOCTTY), 2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        proxy._command[1:1] = ["-c", code.format(os.ttyname(theirs))]
+        enter(self.addCleanup, proxy)
+        support.post(proxy.port, "/v1/responses", {"model": "\x1b[2J\n\u202e", "input": "x"}, {"session-id": "s"})
+        lines = b""
+        while b"\n" not in lines:
+            lines += os.read(ours, 65536)
+        line = lines.decode().rstrip("\r\n")
+        self.assertRegex(
+            line,
+            r"^\d\d:\d\d:\d\d  200  POST /responses  \\x1b\[2J\\n\\u202e  up  [0-9a-f]{12}  \d+ ms  cached 1920 of 2048 \(94%\)$",
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()

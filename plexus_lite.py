@@ -2045,7 +2045,7 @@ class UsageReader:
                 self._note(kind, inner if isinstance(inner, dict) else event)
 
     def _note(self, kind: Any, members: Mapping[str, Any]) -> None:
-        # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat: the last is empty.
+        # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
         is_last = not kind and isinstance(members.get("usage"), dict) and not members.get("choices")
         self.is_complete = self.is_complete or is_last or kind in TERMINAL_EVENTS
         for name, path in USAGE_PATHS:

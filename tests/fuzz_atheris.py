@@ -1,8 +1,8 @@
 """The properties of test_fuzz under a coverage-guided fuzzer:  python -m tests.fuzz_atheris TARGET [-max_total_time=30]
 
-TARGET is request, answer, events, json, content or usage; what follows goes to libFuzzer.  It starts from test_fuzz's seeds
-and keeps nothing but the input of a finding, in the folder for temporary files.  Exit code 0: nothing found;
-1: something, with its traceback; 3: atheris (pip install atheris) is not installed.
+TARGET is request, answer, events, json, content or usage; what follows goes to libFuzzer.  It starts from
+test_fuzz's seeds and keeps nothing but the input of a finding, in the folder for temporary files.  Exit code 0:
+nothing found; 1: something, with its traceback; 3: atheris (pip install atheris) is not installed.
 """
 
 import importlib

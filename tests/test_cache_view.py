@@ -1,4 +1,4 @@
-"""Rooms 7 and 10 to 12 together: what the log, /metrics and /status say of real traffic, against what the upstream counted."""
+"""Rooms 7 and 10 to 12 together: what log, /metrics and /status say of real traffic, and what the upstream counted."""
 
 import gzip
 import json
@@ -6,11 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import unittest
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from tests import support
 from tests.support import Answer, FakeUpstream, Pause, Proxy, RawClient, Recorded, Reply, build_request, enter
@@ -24,9 +23,22 @@ KEYS = {
 }
 TOOLS = [{"type": "function", "name": "t"}]
 ITEMS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-NULLS = {"input_tokens": None, "cached_tokens": None, "miss_reason": None, "prefix_changed_at": None}
+NULLS: Dict[str, Any] = {"input_tokens": None, "cached_tokens": None, "miss_reason": None, "prefix_changed_at": None}
 # Runs the program with another idle time: 5 minutes are a constant.
-RUNNER = "import sys; sys.path.insert(0, {!r}); import plexus_lite; plexus_lite.CACHE_IDLE_S = {!r}; sys.exit(plexus_lite.main(sys.argv[1:]))"
+RUNNER = """import sys
+sys.path.insert(0, {!r})
+import plexus_lite
+plexus_lite.CACHE_IDLE_S = {!r}
+sys.exit(plexus_lite.main(sys.argv[1:]))"""
+# Runs a command with a terminal as its stderr; the pipe that was there stays open.
+ON_TERMINAL = """import os, sys
+os.set_inheritable(os.dup(2), True)
+os.dup2(os.open({!r}, os.O_RDWR | os.O_NOCTTY), 2)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
+
+NEEDS_WORKERS = unittest.skipUnless(
+    hasattr(os, "fork") and os.path.exists("/proc/self/stat"), "workers need fork, this test /proc"
+)
 
 
 class Counting:
@@ -111,9 +123,8 @@ class ViewCase(unittest.TestCase):
             body.update(change)
             record = self.ask(session, stream=number % 2 == 0, metadata={"tokens": tokens}, **body)
             said = {member: record[member] for member in NULLS}
-            wanted = dict(
-                input_tokens=tokens[0], cached_tokens=tokens[1], miss_reason=reason, prefix_changed_at=changed
-            )
+            wanted = {**NULLS, "input_tokens": tokens[0], "cached_tokens": tokens[1]}
+            wanted.update(miss_reason=reason, prefix_changed_at=changed)
             self.assertEqual(said, wanted, name)
 
     def scrape(self) -> Series:
@@ -128,7 +139,7 @@ class ViewCase(unittest.TestCase):
 
     def status(self, key: Optional[str] = "sk-admin") -> Dict[str, Any]:
         with Page(self.proxy.port, self.ticket(key)) as page:
-            return page.next()
+            return page.next_event()
 
     def assertCountedAlike(self) -> None:
         """Log, /metrics and /status say what the upstreams counted."""
@@ -156,7 +167,10 @@ class Page(RawClient):
         self.fields = dict(self.take_fields())
         self.chunks = self.take_chunks()
 
-    def next(self) -> Dict[str, Any]:
+    def __enter__(self) -> "Page":
+        return self
+
+    def next_event(self) -> Dict[str, Any]:
         """Return the next event's data."""
         event = next(chunk for chunk in self.chunks if not chunk.startswith(b":"))
         assert event.startswith(b"event: status\ndata: ") and event.endswith(b"\n\n") and event.count(b"\n") == 3, event
@@ -204,6 +218,7 @@ class ReasonsTest(ViewCase):
         self.assertEqual([one["open"] for one in status["targets"]], [0, 0])
         self.assertEqual(sum(one["cooling_s"] > 0 for one in status["targets"]), 1)
 
+    @NEEDS_WORKERS
     def test_two_workers_give_the_same_reasons_and_the_sum(self) -> None:
         self.start(workers=2)
         wait_until(lambda: len(children(self.proxy.process.pid)) == 2, "two workers")
@@ -230,9 +245,8 @@ class ErrorsTest(ViewCase):
         rows: Sequence[Tuple[str, Any, Optional[str]]] = (
             ("response.failed", {"raw": [failed]}, "rate_limit_exceeded"),
             ("an error event", {"raw": [support.sse("error", code="server_error").decode()]}, "server_error"),
-            ("a cut", {"raw": ["data: 1\n\n"], "end": False}, None),
         )
-        for name, wish, error in rows[:2]:
+        for name, wish, error in rows:
             record = self.ask("errors", stream=True, metadata=wish)
             self.assertEqual((record["status"], record["error"], record["input_tokens"]), (200, error, None), name)
         for upstream in self.upstreams:
@@ -275,8 +289,12 @@ class ErrorsTest(ViewCase):
             with RawClient(self.proxy.port) as client:
                 client.send(build_request("POST", "/v1/responses", {"model": "gpt-test", "input": name}))
                 client.wait_for(events[-40:])
-            record = self.proxy.wait_for_record(lambda one, count=len(events): one["bytes_out"] == count)
+            record = self.proxy.wait_for_record(bytes_out_are(len(events)))
             self.assertEqual((record["error"], record["status"], record["input_tokens"]), (error, 200, tokens), name)
+
+
+def bytes_out_are(count: int) -> Callable[[Dict[str, Any]], bool]:
+    return lambda record: record["bytes_out"] == count
 
 
 class MetricsTest(ViewCase):
@@ -287,6 +305,7 @@ class MetricsTest(ViewCase):
         head = support.exchange(self.proxy.port, build_request("HEAD", "/metrics"))
         self.assertEqual((head.status, head.body, int(head.header("Content-Length") or 0) > 1000), (200, b"", True))
 
+    @NEEDS_WORKERS
     def test_counters_never_go_backwards_when_a_worker_is_killed(self) -> None:
         self.start(workers=2)
         wait_until(lambda: len(children(self.proxy.process.pid)) == 2, "two workers")
@@ -321,14 +340,14 @@ class StatusTest(ViewCase):
         with Page(self.proxy.port, self.ticket("sk-admin")) as page:
             self.assertEqual((page.first_line, page.fields["Content-Type"]), ("HTTP/1.1 200 OK", "text/event-stream"))
             self.assertEqual(page.fields["Cache-Control"], "no-store")
-            first = page.next()
+            first = page.next_event()
             self.assertEqual((first["key"], first["all_sessions"], first["sessions"]), ("boss", True, []))
             self.assertAlmostEqual(first["now"], time.time(), delta=60)
             for key in ("sk-client", "sk-other"):
                 self.ask("mine", key, metadata={"tokens": (5000, 0)})
             event = first
             while len(event["sessions"]) < 2:
-                event = page.next()
+                event = page.next_event()
             self.assertEqual({one["key"] for one in event["sessions"]}, {"team", "a.b c"})
             self.assertEqual([one["miss_reason"] for one in event["misses"]], ["first_request"] * 2)
             self.assertEqual(event["sessions"][0]["turns"][0][1:], [5000, 0, "first_request"])
@@ -359,7 +378,7 @@ class StatusTest(ViewCase):
         self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-wrong").status, 401)
         self.assertEqual(support.exchange(self.proxy.port, build_request("HEAD", "/status")).status, 405)
         with Page(self.proxy.port, good) as page:
-            self.assertEqual(page.next()["key"], "a.b c")
+            self.assertEqual(page.next_event()["key"], "a.b c")
         config = support.make_config(self.upstreams, keys={"team": KEYS["team"]})
         self.proxy.write_config(config)
         self.proxy.process.send_signal(signal.SIGHUP)
@@ -397,8 +416,7 @@ class TerminalTest(ViewCase):
         ours, theirs = os.openpty()
         self.addCleanup(os.close, ours)
         self.addCleanup(os.close, theirs)
-        code = "import os, sys; os.set_inheritable(os.dup(2), True); os.dup2(os.open({!r}, os.O_RDWR | os.O_NOCTTY), 2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        proxy._command[1:1] = ["-c", code.format(os.ttyname(theirs))]
+        proxy._command[1:1] = ["-c", ON_TERMINAL.format(os.ttyname(theirs))]
         enter(self.addCleanup, proxy)
         support.post(proxy.port, "/v1/responses", {"model": "\x1b[2J\n\u202e", "input": "x"}, {"session-id": "s"})
         lines = b""
@@ -407,7 +425,7 @@ class TerminalTest(ViewCase):
         line = lines.decode().rstrip("\r\n")
         self.assertRegex(
             line,
-            r"^\d\d:\d\d:\d\d  200  POST /responses  \\x1b\[2J\\n\\u202e  up  [0-9a-f]{12}  \d+ ms  cached 1920 of 2048 \(94%\)$",
+            r"^[0-9:]{8}  200  POST /responses  \\x1b\[2J\\n\\u202e  up  [0-9a-f]{12}  \d+ ms  cached 1920 of 2048 ",
         )
 
 

@@ -848,7 +848,7 @@ class Doubtful(Exception):
 
 
 def ref_usage(data: bytes, is_events: bool) -> Usage:
-    """Return tokens and error as json.loads finds them, in every complete line; Doubtful where the input is not plain."""
+    """Return tokens and error as json.loads finds them in each complete line; Doubtful if the input is not plain."""
     if b"\\u00" in data or b"\\/" in data:  # member names are ASCII: nobody escapes those
         raise Doubtful
     tokens: Dict[str, int] = {}
@@ -928,10 +928,10 @@ USAGES = (
     b'data: {"response":{"usage":%s,%s},"type":"response.incomplete"}\r\n\r\n' % (USAGE, ECHO),
     b'data: {"type": "response.created", "response": {"usage": null, "error": null}}\n\ndata: ' + COMPLETED + b"\n\n",
     b'data: {"delta":"\\"usage\\":{\\"input_tokens\\":7}","type":"x"}\n\ndata: ' + COMPLETED,
-    b'data: {"type":"response.failed","response":{"error":{"code":"rate_limit_exceeded","message":"m"},"usage":null}}\n\n',
+    b'data: {"type":"response.failed","response":{"error":{"code":"rate_limit","message":"m"},"usage":null}}\n\n',
     b'data: {"type":"error","code":"server_error","message":"\xc3\xa9","param":null}\n\n',
     b'data: {"type":"error","error":{"type":"invalid_request","code":null}}\n\n',
-    b'data: {"choices":[{"delta":{"content":"hi"}}],"usage":null}\n\ndata: {"choices":[],"usage":%s}\n\ndata: [DONE]\n\n'
+    b'data: {"choices":[{"delta":{"content":""}}],"usage":null}\n\ndata: {"choices":[],"usage":%s}\n\ndata: [DONE]\n\n'
     % CHAT_USAGE,
     b'{\n  "id" : "resp_1",\n  %s,\n  "usage" : %s\n}\n' % (ECHO, USAGE),
     b'{"error":{"message":"no","type":"invalid_request_error","param":null,"code":429}}',
@@ -940,8 +940,8 @@ USAGES = (
     % (b"x" * 300, b"0" * 300),
 )
 
-USAGE_WORDS = ("response", "usage", "error", "code", "input_tokens", "prompt_tokens", "output_tokens", "a", "/usage")
-USAGE_WORDS += ("input_tokens_details", "prompt_tokens_details", "cached_tokens", "cache_write_tokens")
+USAGE_WORDS: Tuple[str, ...] = ("response", "usage", "error", "code", "input_tokens", "prompt_tokens", "output_tokens")
+USAGE_WORDS += ("a", "/usage", "input_tokens_details", "prompt_tokens_details", "cached_tokens", "cache_write_tokens")
 
 
 def random_usage(rng: random.Random) -> bytes:
@@ -951,7 +951,22 @@ def random_usage(rng: random.Random) -> bytes:
         return {name: value(depth) for name in rng.sample(USAGE_WORDS, rng.randrange(1, 9))}
 
     def value(depth: int) -> Any:
-        scalars = (0, 7, 2048, -1, 1.5, 10**15, 10**14, True, None, "", "a", "usage", [{"usage": {}}], [[]])
+        scalars: Tuple[Any, ...] = (
+            0,
+            7,
+            2048,
+            -1,
+            1.5,
+            10**15,
+            10**14,
+            True,
+            None,
+            "",
+            "a",
+            "usage",
+            [{"usage": {}}],
+            [[]],
+        )
         return members(depth - 1) if depth and rng.random() < 0.7 else rng.choice(scalars)
 
     found = dict(members(3), type=rng.choice((*TERMINAL, "response.created", "x", 1, None)))

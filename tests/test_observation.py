@@ -241,11 +241,9 @@ class UsageReaderTest(unittest.TestCase):
             '{"a":5}',
         ):
             with self.subTest(text[:30]):
-                usage = '{"input_tokens":%s,"output_tokens":0,"input_tokens_details":{"cached_tokens":%s}}' % (
-                    text,
-                    text,
-                )
-                self.assertReads(b'{"usage":%s}' % usage.encode(), ({"output_tokens": 0}, None, True), is_events=False)
+                counts = '"input_tokens":NO,"output_tokens":0,"input_tokens_details":{"cached_tokens":NO}'
+                body = '{"usage":{' + counts.replace("NO", text) + "}}"
+                self.assertReads(body.encode(), ({"output_tokens": 0}, None, True), is_events=False)
 
     def test_long_strings_that_end_in_backslashes(self):
         for count in range(250, 262):
@@ -324,18 +322,22 @@ class UsageReaderTest(unittest.TestCase):
     def test_the_first_events_are_not_parsed(self):
         """They repeat what can be 50 KB of tools, and know no usage."""
         members = {"response": {"error": None, "usage": None, "tools": ["\\"] * 1000}}
-        with unittest.mock.patch.object(plexus_lite.json, "loads") as loads:
+        with unittest.mock.patch("json.loads") as loads:
             read_usage([sse("response.created", **members), sse("response.in_progress", **members)])
         loads.assert_not_called()
 
     def test_a_payload_leaves_before_it_is_read(self):
-        order = []
-        send, feed = plexus_lite.ClientConnection.send_payload, plexus_lite.UsageReader.feed
-        with unittest.mock.patch.object(
-            plexus_lite.ClientConnection, "send_payload", lambda *args: (order.append("send"), send(*args))
-        ), unittest.mock.patch.object(
-            plexus_lite.UsageReader, "feed", lambda *args: (order.append("read"), feed(*args))
-        ):
+        order: List[str] = []
+
+        def noting(word: str, function: Any) -> Any:
+            def noted(*args: Any) -> Any:
+                order.append(word)
+                return function(*args)
+
+            return unittest.mock.patch.object(owner[word], function.__name__, noted)
+
+        owner: Dict[str, Any] = {"send": plexus_lite.ClientConnection, "read": plexus_lite.UsageReader}
+        with noting("send", plexus_lite.ClientConnection.send_payload), noting("read", plexus_lite.UsageReader.feed):
             relay([STREAM_HEAD + b"2\r\n\n\n\r\n", b"2\r\n\n\n\r\n", b"0\r\n\r\n"])
         self.assertEqual(order, ["send", "read"] * 3)
 
@@ -389,7 +391,7 @@ class MissReason(unittest.TestCase):
             deep = [deep]
         rows: Sequence[Tuple[str, Dict[str, Any], Any]] = (
             ("nothing", {}, None),
-            ("one more item", {"input": [*first["input"], "d"]}, None),  # type: ignore[misc]
+            ("one more item", {"input": [*first["input"], "d"]}, None),
             ("fewer items", {"input": first["input"][:1]}, None),
             ("what is no part of it", {"stream": True, "metadata": {"a": 1}, "temperature": 1}, None),
             ("model", {"model": "n", "instructions": "j", "tools": [], "input": []}, "model"),
@@ -435,7 +437,9 @@ class SessionTableTest(unittest.TestCase):
             OLD,
             OLD._replace(prefix=None),
             OLD._replace(prefix=PREFIX._replace(items=())),
-            plexus_lite.Turn(1.5, 2**32 - 1, 10**15, plexus_lite.Prefix(*[2**32 - 1] * 3, (2**32 - 1,) * 1024)),
+            plexus_lite.Turn(
+                1.5, 2**32 - 1, 10**15, plexus_lite.Prefix(2**32 - 1, 2**32 - 1, 2**32 - 1, (2**32 - 1,) * 1024)
+            ),
         )
         self.assertIsNone(self.table.replace(b"k" * 16, rows[0]))
         for place, turn in enumerate(rows):
@@ -480,14 +484,15 @@ class SessionTableTest(unittest.TestCase):
 
 
 SAMPLE = re.compile(
-    r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|\+Inf|NaN)"
+    r"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"
 )
 LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\\\|\\"|\\n)*)"(?:,(?!$)|$)')
+ESCAPES = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
 Series = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
 
 
 def parse_metrics(text: bytes) -> Series:
-    """Parse Prometheus' text format 0.0.4 strictly: each name's HELP and TYPE once and before its samples, no series twice."""
+    """Parse Prometheus' text format 0.0.4 strictly: HELP and TYPE once, before the samples, and no series twice."""
     assert text.endswith(b"\n") and not text.endswith(b"\n\n")
     series: Series = {}
     kinds: Dict[str, str] = {}
@@ -510,12 +515,15 @@ def parse_metrics(text: bytes) -> Series:
         assert (kinds[current] == "counter") == current.endswith("_total"), line
         pairs = LABEL.findall(labels)
         assert "".join(f'{key}="{value}",' for key, value in pairs)[:-1] == labels, line
-        unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
-        plain = tuple((key, re.sub(r"\\.", lambda one: unescape[one.group()], value)) for key, value in pairs)
+        plain = tuple((key, re.sub(r"\\.", unescape, value)) for key, value in pairs)
         assert (name, plain) not in series, line
         series[name, plain] = float(found.group("value"))
     check_histograms(series)
     return series
+
+
+def unescape(found: "re.Match[str]") -> str:
+    return ESCAPES[found.group()]
 
 
 def check_histograms(series: Series) -> None:
@@ -687,6 +695,53 @@ class StatusTest(unittest.TestCase):
         tally = tally_of(*(record_of() for _ in range(50)))
         turns = self.status(tally)["sessions"][0]["turns"]
         self.assertEqual(list(map(list, turns)), [[6030.0 + number, 100, 90, None] for number in range(20)])
+
+
+class TicketTest(unittest.TestCase):
+    def test_a_ticket_is_good_for_its_key_until_it_expires(self):
+        keys = plexus_lite.parse_config(make_config("http://u/v1", keys={"a.b\u00e9 %": {"secret": "sk-client"}})).keys
+        secret, name = b"s" * 32, "a.b\u00e9 %"
+        ticket = plexus_lite.make_ticket(secret, name, 1000)
+        self.assertRegex(ticket, r"^[0-9a-f.]+$")
+        self.assertEqual(plexus_lite.find_ticket("?ticket=" + ticket, secret, keys, 1000.0).name, name)
+        nobody = plexus_lite.make_ticket(secret, None, 1000)
+        self.assertEqual(plexus_lite.find_ticket("?ticket=" + nobody, secret, {}, 999.0), plexus_lite.Identity())
+        rows: Sequence[Tuple[str, bytes, Any, float]] = (
+            (ticket, secret, keys, 1000.1),
+            (ticket, b"t" * 32, keys, 999.0),
+            (ticket, secret, {}, 999.0),
+            (nobody, secret, keys, 999.0),
+            (ticket.replace(".1000.", ".1001."), secret, keys, 999.0),
+            (ticket.upper(), secret, keys, 999.0),
+        )
+        for wrong, mac_key, known, now in rows:
+            with self.assertRaises(plexus_lite.ProxyError) as caught:
+                plexus_lite.find_ticket("?ticket=" + wrong, mac_key, known, now)
+            self.assertEqual(caught.exception.status, 401)
+
+
+class FeedTest(unittest.TestCase):
+    def test_a_page_that_does_not_read_gets_nothing_more(self):
+        connection, shown = unittest.mock.Mock(out_bytes=0), [0]
+        connection.loop.now = 100.0
+        connection.app.is_draining.return_value = False
+        head = unittest.mock.Mock(version=1)
+        feed = plexus_lite.Feed(connection, unittest.mock.Mock(head=head, record={}), lambda: {"n": shown[0]})
+        sent = connection.send_payload
+        self.assertEqual(sent.call_count, 1)
+        connection.out_bytes = 1
+        for second in range(10):
+            shown[0] += 1
+            feed.tick(101.0 + second)
+        self.assertEqual(sent.call_count, 1)
+        connection.out_bytes = 0
+        feed.tick(111.1)
+        self.assertIn(b'{"n":10,', sent.call_args[0][0])
+        feed.tick(111.9)  # not twice a second
+        feed.tick(112.2)  # nor what has been said
+        self.assertEqual(sent.call_count, 2)
+        feed.tick(127.3)
+        self.assertIn(b"\r\n: ", sent.call_args[0][0])
 
 
 class LineTest(unittest.TestCase):

@@ -124,10 +124,13 @@ class ViewCase(unittest.TestCase):
         number = got.header("x-plexus-request-id")
         return self.proxy.wait_for_record(lambda one: one.get("id") == number)
 
-    def converse(self, session: str, rows: Sequence[Row] = ROWS) -> None:
+    def converse(
+        self, session: str, rows: Sequence[Row] = ROWS, before_turn: Callable[[int], object] = lambda number: None
+    ) -> None:
         body: Dict[str, Any] = {}
         for number, (name, change, tokens, reason, changed) in enumerate(rows):
             body.update(change)
+            before_turn(number)
             record = self.ask(session, stream=number % 2 == 0, metadata={"tokens": tokens}, **body)
             said = {member: record[member] for member in NULLS}
             wanted = {**NULLS, "input_tokens": tokens[0], "cached_tokens": tokens[1]}
@@ -185,6 +188,11 @@ class Page(RawClient):
         return found
 
 
+def state_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
 class ReasonsTest(ViewCase):
     def test_every_reason_and_no_false_one(self) -> None:
         self.start(upstreams=2)
@@ -229,17 +237,28 @@ class ReasonsTest(ViewCase):
     def test_two_workers_give_the_same_reasons_and_the_sum(self) -> None:
         self.start(workers=2)
         wait_until(lambda: len(children(self.proxy.process.pid)) == 2, "two workers")
-        for number in range(2):
-            self.converse(f"session-{number}")
+        pids = children(self.proxy.process.pid)
+
+        def let_one_serve(number: int) -> None:
+            os.kill(pids[number % 2], signal.SIGSTOP)
+            os.kill(pids[1 - number % 2], signal.SIGCONT)
+            wait_until(lambda: state_of(pids[number % 2]) == "T", "it stands still")
+
+        self.addCleanup(os.kill, pids[0], signal.SIGCONT)
+        self.converse("session-1", before_turn=let_one_serve)
+        self.converse("session-2", ROWS[:9], let_one_serve)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         self.assertCountedAlike()
         self.assertEqual(len(self.status()["sessions"]), 2)
         for _ in range(6):  # the worker that gave the ticket, or the other
             self.assertEqual(self.status()["started"], self.status()["started"])
 
     def test_idle(self) -> None:
-        self.start(idle_s=0.0)
+        self.start(idle_s=0.0, models={"alias": {"targets": [{"provider": "up", "model": "gpt-test"}]}})
         self.converse("s", ROWS[:2])
         self.assertEqual(self.ask("s", metadata={"tokens": (5000, 0)})["miss_reason"], "idle")
+        self.assertEqual(self.ask("s", model="alias", metadata={"tokens": (5000, 0)})["miss_reason"], "idle")
         self.assertEqual(self.ask("s", model="n", metadata={"tokens": (5000, 0)})["miss_reason"], "prefix_changed")
 
 

@@ -1922,13 +1922,15 @@ USAGE_PATHS: Final = (
 )
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
+LOOK_BYTES: Final = 16 * KIB
 TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
 SHORT_JSON_BYTES: Final = 64 * KIB  # kept whole until it is complete; what is longer is read piece by piece
 MEMBER_BYTES: Final = 8 * KIB  # of a usage or error object; real ones have some 200
 JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)  # no group 1: it goes on
 MEMBER: Final = re.compile(rb'"(usage|error)"\s*:\s*(?=\{)')
 CUT_MEMBER: Final = re.compile(rb'"(?:usage|error)"\s*:?\s*\Z')
-EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"([a-z._]+)"')
+COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
+EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"(response\.(?:completed|incomplete|failed)|error)"')
 
 
 class LongJson:
@@ -1980,8 +1982,9 @@ class LongJson:
 class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
-    feed() takes what came, finish() says that nothing follows.  tokens is what the answer says of USAGE_PATHS, error
-    the code of a response.failed, an error event or an error object; is_complete: a response's last event has passed.
+    feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
+    USAGE_PATHS, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    response's last event has passed.
     """
 
     def __init__(self, is_events: bool) -> None:
@@ -1989,29 +1992,40 @@ class UsageReader:
         self.error: Optional[str] = None
         self.is_complete = False
         self._is_events = is_events
+        self._parts: List[bytes] = []  # what has not been looked at yet
+        self._size = 0  # of them
         self._held = b""  # the beginning of a line, or of the one object
         self._long: Optional[LongJson] = None  # reads what has become too long for that
         self._kind = ""  # the type of the event that it reads
 
     def feed(self, data: bytes) -> None:
-        if self._held:
-            data, self._held = self._held + data, b""
+        """Take *data*; it is looked at together with what comes next, since most events are small and say nothing."""
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > LOOK_BYTES:
+            self._look()
+
+    def _look(self) -> None:
+        data = b"".join([self._held, *self._parts] if self._held else self._parts)
+        self._parts, self._size, self._held = [], 0, b""
         if self._is_events:
             data = self._read_lines(data)
         if self._long is None and len(data) > SHORT_JSON_BYTES:
             self._long = LongJson(2 if self._is_events else 1)
             kind = EVENT_TYPE.search(data[:KIB])
-            self._kind = kind.group(1).decode() if kind else ""
+            self._kind = kind.group(1).decode() if kind else ""  # "" also where the type stands at the end
         if self._long:
             self._long.feed(data)
         else:
             self._held = data
 
     def finish(self) -> None:
-        if self._long:
-            self._note(self._kind, self._long.found)
-        elif not self._is_events:
-            self._read(self._held)
+        self._look()
+        if not self._is_events:  # of an event stream, a line without its end has not been sent
+            if self._long:
+                self._note("", self._long.found)
+            else:
+                self._read_all(self._held)
         self._long, self._held = None, b""
 
     def _read_lines(self, data: bytes) -> bytes:
@@ -2036,6 +2050,19 @@ class UsageReader:
         return data[begin:]
 
     def _read(self, text: bytes) -> None:
+        """Read an event.  The last one may be long, with its usage near its end: then that end is enough, if only the
+        response and the event are closed behind it, and no error was told before."""
+        error = text.find(b'"error"')
+        if COUNTED_EVENT.match(text) and (error < 0 or not TOLD.match(text, error + len('"error"'))):
+            with contextlib.suppress(ValueError, RecursionError):
+                tail = "{" + text[text.rfind(b'"usage"') :].decode()
+                members, end = JSON_DECODER.raw_decode(tail)
+                if tail[end:].strip() == "}":
+                    self._note("response.completed", members)
+                    return
+        self._read_all(text)
+
+    def _read_all(self, text: bytes) -> None:
         with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(text)
             if isinstance(event, dict):
@@ -2060,48 +2087,47 @@ class UsageReader:
             self.error = str(error.get("code") or error.get("type") or kind)[:100]
 
 
-class Prefix(NamedTuple):
-    """Digests of what a prompt begins with, 32 bits each: enough to see what changed, nothing to read it from."""
-
-    model: int
-    instructions: int
-    tools: int
-    items: Tuple[int, ...]
+PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before the input items
+DIGEST_BYTES: Final = 4
 
 
-def digest_of(value: Any) -> int:
+def digest_of(value: Any) -> bytes:
     """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of bytes is."""
     try:
-        return hash(marshal.dumps(value, 2)) & 0xFFFFFFFF  # version 2: later ones depend on reference counts
+        number = hash(marshal.dumps(value, 2))  # version 2: later ones depend on reference counts
     except ValueError:  # nested more deeply than marshal goes
-        return 0
+        number = 0
+    return (number & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
 
 
-def prefix_of(members: Mapping[str, Any]) -> Prefix:
-    """Return the digests of a request; with a previous_response_id the items before its input are not known."""
+def prefix_of(members: Mapping[str, Any]) -> bytes:
+    """Return digests of what a prompt begins with, to see what changed: of PREFIX_MEMBERS and of each input item.
+
+    With a previous_response_id the items before its input are not known, and none is compared.
+    """
     items = members.get("input", members.get("messages"))
     if members.get("previous_response_id"):
         items = []
     items = items if isinstance(items, list) else [items]
-    model, instructions, tools = (digest_of(members.get(name)) for name in ("model", "instructions", "tools"))
-    return Prefix(model, instructions, tools, tuple(map(digest_of, items)))
+    return b"".join(map(digest_of, [*map(members.get, PREFIX_MEMBERS), *items]))
 
 
 class Turn(NamedTuple):
     """A request of a session as the next one is compared with it."""
 
     at: float  # monotonic
-    target: int  # digest of its place: another model there is a change of the prefix
+    target: bytes  # digest of its place: another model there is a change of the prefix
     input_tokens: int
-    prefix: Optional[Prefix]  # None if the body could not be read
+    prefix: bytes  # b"" if the body could not be read
 
 
-def changed_at(old: Prefix, new: Prefix) -> Union[str, int, None]:
-    """Return what comes first in *new* that is not as it was in *old*: a member's name or an item's index."""
-    for name in ("model", "instructions", "tools"):
-        if getattr(old, name) != getattr(new, name):
-            return name
-    return next((index for index, (one, two) in enumerate(zip(old.items, new.items)) if one != two), None)
+def changed_at(old: bytes, new: bytes) -> Union[str, int, None]:
+    """Return what comes first in the prefix *new* that is not as in *old*: a member's name or an input item's index."""
+    for place in range(0, min(len(old), len(new)), DIGEST_BYTES):
+        if old[place : place + DIGEST_BYTES] != new[place : place + DIGEST_BYTES]:
+            index = place // DIGEST_BYTES - len(PREFIX_MEMBERS)
+            return PREFIX_MEMBERS[index] if index < 0 else index
+    return None
 
 
 def miss_reason(
@@ -2122,7 +2148,7 @@ def miss_reason(
         return "below_minimum", None
     if turn.target != previous.target:
         return "moved", None
-    change = changed_at(previous.prefix, turn.prefix) if previous.prefix and turn.prefix else None
+    change = changed_at(previous.prefix, turn.prefix)
     if change is not None:
         return "prefix_changed", change
     return ("idle" if turn.at - previous.at > CACHE_IDLE_S else "unknown"), None
@@ -2131,16 +2157,16 @@ def miss_reason(
 class SessionTable:
     """The last turn of up to SESSIONS sessions, in memory that all workers share; the least recently used go.
 
-    A session has a slot in the bucket that its key leads to.  There is no lock: a slot that two processes wrote at one
-    time has a wrong checksum, and counts as empty.  The items lie apart from the heads, since a look at a page of such
-    memory allocates it: one page for each session that came.
+    A session has one of the slots of the bucket that its key leads to.  There is no lock: a slot that two processes
+    wrote at one time has a wrong checksum, and counts as empty.  The prefixes lie apart from the heads, since a look
+    at a page of such memory allocates it: one page for each session that came.
     """
 
     SESSIONS: Final = 10_000
     WAYS: Final = 8  # slots of a bucket
-    HEAD: Final = struct.Struct("<I16sdIQIIII")  # checksum, key, at, target, input tokens, Prefix with its items' count
-    MAX_ITEMS: Final = 1024  # a change behind them is not seen
-    HEADS_AT: Final = SESSIONS * 4 * MAX_ITEMS
+    HEAD: Final = struct.Struct("<16sId4sQI")  # key, checksum, Turn's members, the last one by its length
+    PREFIX_BYTES: Final = 4096  # a change behind the first thousand items is not seen
+    HEADS_AT: Final = SESSIONS * PREFIX_BYTES
     BYTES: Final = HEADS_AT + SESSIONS * HEAD.size
 
     def __init__(self, memory: Any) -> None:
@@ -2149,34 +2175,29 @@ class SessionTable:
 
     def replace(self, key: bytes, turn: Turn) -> Optional[Turn]:
         """Store *turn* for the session *key* (16 bytes); return the one it had."""
+        size, memory = self.HEAD.size, self._memory
         bucket = int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * self.WAYS
-        heads = {slot: self._head(slot) for slot in range(bucket, bucket + self.WAYS)}
-        slot = next((slot for slot in heads if heads[slot][1] == key), None)
-        if slot is None:
-            slot, previous = min(heads, key=lambda slot: heads[slot][2]), None
-        else:
-            previous = self._read(slot, heads[slot])
-        prefix = turn.prefix
-        items = prefix.items[: self.MAX_ITEMS] if prefix else ()
-        values = (key, turn.at, turn.target, turn.input_tokens, *(prefix[:3] if prefix else (0, 0, 0)), len(items))
-        data, head = struct.pack(f"<{len(items)}I", *items), self.HEAD.pack(0, *values)[4:]
-        begin = slot * 4 * self.MAX_ITEMS
-        self._memory[begin : begin + len(data)] = data
-        begin = self.HEADS_AT + slot * self.HEAD.size
-        self._memory[begin : begin + self.HEAD.size] = zlib.crc32(data, zlib.crc32(head)).to_bytes(4, "little") + head
+        start = self.HEADS_AT + bucket * size
+        heads = memory[start : start + self.WAYS * size]
+        found = heads.find(key)
+        is_known = found >= 0 and found % size == 0
+        way = found // size if is_known else min(range(self.WAYS), key=lambda way: self._head(heads, way)[2])
+        begin = (bucket + way) * self.PREFIX_BYTES
+        previous = None
+        if is_known:
+            _, checksum, at, target, input_tokens, length = self._head(heads, way)
+            prefix = memory[begin : begin + min(length, self.PREFIX_BYTES)]
+            if checksum == zlib.crc32(prefix, zlib.crc32(heads[found + 20 : found + size])):
+                previous = Turn(at, target, input_tokens, prefix)
+        prefix = turn.prefix[: self.PREFIX_BYTES]
+        head = self.HEAD.pack(key, 0, *turn[:3], len(prefix))
+        checksum = zlib.crc32(prefix, zlib.crc32(head[20:]))  # of all behind key and checksum
+        memory[begin : begin + len(prefix)] = prefix
+        memory[start + way * size : start + (way + 1) * size] = key + checksum.to_bytes(4, "little") + head[20:]
         return previous
 
-    def _head(self, slot: int) -> Tuple[Any, ...]:
-        return self.HEAD.unpack_from(self._memory, self.HEADS_AT + slot * self.HEAD.size)
-
-    def _read(self, slot: int, head: Tuple[Any, ...]) -> Optional[Turn]:
-        checksum, _, at, target, input_tokens, model, instructions, tools, count = head
-        begin = slot * 4 * self.MAX_ITEMS
-        data = self._memory[begin : begin + 4 * min(count, self.MAX_ITEMS)]
-        if zlib.crc32(data, zlib.crc32(self.HEAD.pack(*head)[4:])) != checksum:
-            return None
-        prefix = Prefix(model, instructions, tools, struct.unpack(f"<{count}I", data)) if model else None
-        return Turn(at, target, input_tokens, prefix)
+    def _head(self, heads: bytes, way: int) -> Tuple[Any, ...]:
+        return self.HEAD.unpack_from(heads, way * self.HEAD.size)
 
 
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
@@ -3438,7 +3459,7 @@ class Exchange:
         self.cache_key: Optional[str] = None
         self.body_json: Optional[JsonBody] = None  # kept only where a target has another name for the model
         self.members: Optional[Mapping[str, Any]] = None  # of the body, until the prefix is taken of them
-        self.prefix: Optional[Prefix] = None  # of a request with a session
+        self.prefix = b""  # digests of a request with a session
         self.targets: Tuple[Target, ...] = ()
         self.plan: Optional[Plan] = None
         self.place: Optional[Place] = None  # what it was placed by, if there was a choice
@@ -3983,6 +4004,8 @@ class ClientConnection:
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
             # The page closes its stream as it likes; Codex leaves after the last event, before the end.
+            if exchange.usage:
+                exchange.usage.finish()
             is_whole = isinstance(answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
             if not is_whole:
                 exchange.fail("client_gone")
@@ -5064,7 +5087,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
             exchange.fail(usage.error)
         if record["input_tokens"] is None or target is None:
             return
-        prefix = exchange.prefix and exchange.prefix._replace(model=digest_of(target.model))
+        prefix = exchange.prefix and digest_of(target.model) + exchange.prefix[DIGEST_BYTES:]  # as it was sent
         turn = Turn(exchange.started, digest_of(target.place), record["input_tokens"], prefix)
         previous = None
         if session is not None:

@@ -859,6 +859,8 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         try:
             event = json.loads(line.partition(b":")[2] if is_events else line, object_pairs_hook=members_once)
         except (ValueError, RecursionError):
+            if is_events and (b'"response.completed"' in line or b'"response.incomplete"' in line):
+                raise Doubtful from None  # of such an event the end may be enough
             continue
         if not isinstance(event, dict):
             continue

@@ -262,11 +262,8 @@ class UsageReaderTest(unittest.TestCase):
             event = sse("response.completed", response={"filler": filler, **response_object([])})
             end = event.index(b"\n\n")
             for cut in (end - 500, end):
-                reader = plexus_lite.UsageReader(True)
-                reader.feed(event[:cut])
-                self.assertEqual((reader.tokens, reader.is_complete), ({}, False))
-                reader.feed(event[cut:])
-                self.assertEqual((reader.tokens, reader.is_complete), (TOKENS, True))
+                self.assertEqual(read_usage([event[:cut]]), ({}, None, False))
+                self.assertEqual(read_usage([event[:cut], event[cut:]]), (TOKENS, None, True))
 
     def test_a_long_event_is_split_anywhere(self):
         usage = {"usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 4}}}
@@ -342,15 +339,19 @@ class UsageReaderTest(unittest.TestCase):
         self.assertEqual(order, ["send", "read"] * 3)
 
 
-PREFIX = plexus_lite.Prefix(1, 2, 3, (10, 11, 12))
-OLD = plexus_lite.Turn(1000.0, 7, 4000, PREFIX)
+def prefix(*digests: int) -> bytes:
+    return struct.pack(f"<{len(digests)}I", *digests)
+
+
+PREFIX = prefix(1, 2, 3, 10, 11, 12)
+OLD = plexus_lite.Turn(1000.0, b"gpu1", 4000, PREFIX)
 
 
 class MissReason(unittest.TestCase):
     def test_reasons(self):
         turn = OLD._replace(at=1010.0, input_tokens=5000)
-        other = PREFIX._replace(items=(10, 99))
-        moved = turn._replace(target=8)
+        other = prefix(1, 2, 3, 10, 99)
+        moved = turn._replace(target=b"gpu2")
         # name, cached tokens, this turn, the previous one, whether there is a session, what is said
         rows: Sequence[Tuple[str, Optional[int], plexus_lite.Turn, Optional[plexus_lite.Turn], bool, Any]] = (
             ("unknown usage", None, turn, OLD, True, (None, None)),
@@ -377,8 +378,8 @@ class MissReason(unittest.TestCase):
             ("changed, and idle", 0, turn._replace(prefix=other, at=9000.0), OLD, True, ("prefix_changed", 1)),
             ("5 minutes", 0, turn._replace(at=1300.0), OLD, True, ("unknown", None)),
             ("more", 0, turn._replace(at=1300.1), OLD, True, ("idle", None)),
-            ("unread", 0, turn._replace(prefix=None), OLD, True, ("unknown", None)),
-            ("unread before", 0, turn, OLD._replace(prefix=None), True, ("unknown", None)),
+            ("unread", 0, turn._replace(prefix=b""), OLD, True, ("unknown", None)),
+            ("unread before", 0, turn, OLD._replace(prefix=b""), True, ("unknown", None)),
         )
         for name, cached, new, old, has_session, wanted in rows:
             with self.subTest(name, cached=cached):
@@ -414,10 +415,10 @@ class MissReason(unittest.TestCase):
 
     def test_prefix_of_chat_and_of_a_string(self):
         chat = {"model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
-        prefix = plexus_lite.prefix_of(chat)
-        self.assertEqual(len(prefix.items), 2)
+        old = plexus_lite.prefix_of(chat)
+        self.assertEqual(len(old), 5 * plexus_lite.DIGEST_BYTES)
         changed = plexus_lite.prefix_of({**chat, "messages": [chat["messages"][0], "v"]})
-        self.assertEqual(plexus_lite.changed_at(prefix, changed), 1)
+        self.assertEqual(plexus_lite.changed_at(old, changed), 1)
         text = plexus_lite.prefix_of({"model": "m", "input": "hello"})
         self.assertEqual(plexus_lite.changed_at(text, plexus_lite.prefix_of({"model": "m", "input": "hello"})), None)
         self.assertEqual(plexus_lite.changed_at(text, plexus_lite.prefix_of({"model": "m", "input": "other"})), 0)
@@ -435,22 +436,20 @@ class SessionTableTest(unittest.TestCase):
     def test_a_turn_comes_back_as_it_was(self):
         rows = (
             OLD,
-            OLD._replace(prefix=None),
-            OLD._replace(prefix=PREFIX._replace(items=())),
-            plexus_lite.Turn(
-                1.5, 2**32 - 1, 10**15, plexus_lite.Prefix(2**32 - 1, 2**32 - 1, 2**32 - 1, (2**32 - 1,) * 1024)
-            ),
+            OLD._replace(prefix=b""),
+            OLD._replace(prefix=PREFIX[:12]),
+            plexus_lite.Turn(1.5, b"\xff" * 4, 10**15, b"\xff" * 4096),
         )
         self.assertIsNone(self.table.replace(b"k" * 16, rows[0]))
         for place, turn in enumerate(rows):
             self.assertEqual(self.table.replace(b"k" * 16, rows[(place + 1) % len(rows)]), turn)
 
-    def test_of_many_items_the_first_1024_are_kept(self):
-        many = OLD._replace(prefix=PREFIX._replace(items=tuple(range(3000))))
+    def test_of_a_long_prefix_the_first_1024_digests_are_kept(self):
+        many = OLD._replace(prefix=prefix(*range(3000)))
         self.table.replace(b"k" * 16, many)
         self.table.replace(b"l" * 16, OLD)
         kept = self.table.replace(b"k" * 16, many)
-        self.assertEqual(kept and kept.prefix and kept.prefix.items, tuple(range(1024)))
+        self.assertEqual(kept and kept.prefix, prefix(*range(1024)))
         self.assertEqual(self.table.replace(b"l" * 16, OLD), OLD)
 
     def test_the_least_recently_used_of_a_bucket_goes(self):
@@ -466,9 +465,8 @@ class SessionTableTest(unittest.TestCase):
 
     def test_a_torn_slot_counts_as_empty(self):
         self.table.replace(b"k" * 16, OLD)
-        head = self.memory.index(b"k" * 16) - 4
-        items = self.memory.index(struct.pack("<3I", *PREFIX.items))
-        for place in (head, head + 3, head + 20, head + 28, head + 40, head + 51, items, items + 11):
+        head, items = self.memory.index(b"k" * 16), self.memory.index(PREFIX)
+        for place in (head + 16, head + 19, head + 20, head + 28, head + 32, head + 43, items, items + 23):
             self.memory[place] ^= 0xFF
             self.assertIsNone(self.table.replace(b"k" * 16, OLD), place - head)
             self.assertEqual(self.table.replace(b"k" * 16, OLD), OLD)

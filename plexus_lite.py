@@ -7,6 +7,7 @@ headers that a backend routes its cache by; everything else passes through untou
 
     python plexus_lite.py                 serve what config.json beside this file says
     python plexus_lite.py init            print a starter configuration
+    python plexus_lite.py check           say whether every upstream can be used, and what is wrong if not
     python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
     python plexus_lite.py --help          every option and every configuration key
 
@@ -73,7 +74,6 @@ import gzip
 import hashlib
 import hmac
 import http
-import http.client
 import http.server
 import ipaddress
 import json
@@ -2694,6 +2694,11 @@ class Credentials:
                 self._warnings.append(f"{error}; all keys stay as they were")
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
+    def expires(self, provider: Provider) -> float:
+        """Return when what stands for us at *provider* ends (Unix time); math.inf if it does not say."""
+        source = self._sources.get(provider.name)
+        return source.value.expires if isinstance(source, SignIn) and source.value else math.inf
+
     def fields(
         self, provider: Provider, refused: Sequence[Field] = (), may_wait: bool = True
     ) -> Optional[Sequence[Field]]:
@@ -2720,6 +2725,7 @@ MAX_IDLE_PER_ORIGIN: Final = 128
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
+WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
 TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
 # TLS 1.3 brings the refusal of a client certificate only with the first read after the request.
@@ -2899,13 +2905,13 @@ class Transport(urllib.request.BaseHandler):
         self._contexts: Dict[str, ssl.SSLContext] = {}
         self._session_lock = threading.Lock()  # protects _sessions
         self._sessions: Dict[Tuple[str, ...], ssl.SSLSession] = {}
-        self._proxies: Dict[Tuple[str, str], Optional[ForwardProxy]] = {}  # by provider and base URL
+        self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
         for name, provider in config.providers.items():
             urls = [url for urls in provider.api_base_url.values() for url in urls]
             urls += [provider.oauth_token_url] if provider.oauth_refresh else []
             if any(url.startswith("https:") for url in urls):
                 self._contexts[name] = make_tls_context(provider)
-            self._proxies.update({(name, url): find_proxy(provider, url) for url in urls})
+            self._proxies.update({(name, *urllib.parse.urlsplit(url)[:2]): find_proxy(provider, url) for url in urls})
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
@@ -2924,25 +2930,15 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, lambda: False, True, True))
         assert connection is not None
-        sock = connection.sock
-
-        def cut() -> None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-        deadline = threading.Timer(ISSUER_S, cut)  # for all of the answer; the timeout is for one read
+        attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
         try:
-            sock.settimeout(ISSUER_S)
-            deadline.start()
             connection.send_some()  # what is left
-            answer = http.client.HTTPResponse(sock, method="POST")
-            answer.begin()
-            return answer.status, answer.read(MIB)
-        except (OSError, http.client.HTTPException) as error:
+            answer, content = read_whole(connection.sock, attempt, self._limits.max_header_bytes)
+            return answer.status, content
+        except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
         finally:
-            deadline.cancel()
-            sock.close()
+            connection.close()
 
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer has been read to its end."""
@@ -2983,7 +2979,7 @@ class Transport(urllib.request.BaseHandler):
             sock.setblocking(False)
             return UpstreamConnection(sock, origin)
         provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = self._proxies[provider.name, request.target.base_url]
+        proxy = self._proxies[provider.name, url.scheme, url.netloc]
         seconds = provider.timeout_s("connect_timeout_s", self._limits)
         attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
         sock = reach(url, proxy, attempt)
@@ -3034,7 +3030,7 @@ class Attempt(NamedTuple):
                     raise ClientGone
                 left = self.deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError
+                    raise TimeoutError("it took too long")
                 if selector.select(min(left, GONE_CHECK_S)):
                     return
 
@@ -3169,6 +3165,40 @@ def start_tls(
     except BaseException:
         tls.close()
         raise
+
+
+def read_whole(sock: socket.socket, attempt: Attempt, max_head: int) -> Tuple[AnswerHead, bytes]:
+    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP, UpstreamError."""
+
+    def read_some() -> bytes:
+        data = None
+        while data is None:
+            attempt.wait(sock, selectors.EVENT_READ)
+            data = receive(sock)
+        return data
+
+    start, status = b"", 100
+    while status < 200:  # those announce another head
+        while b"\r\n\r\n" not in start:
+            if len(start) > max_head or not b"HTTP/1.".startswith(start[:7]):
+                raise ConnectionError("it does not answer in HTTP/1.1")
+            data = read_some()
+            start += data
+            if not data:
+                raise ConnectionError("it closed the connection")
+        end = start.index(b"\r\n\r\n") + 4
+        head, start = read_answer_head(start[:end]), start[end:]
+        status = head.status
+    reader = answer_body(head)
+    body = bytearray(reader.feed(start))
+    while not reader.done and len(body) < WHOLE_BODY_BYTES:
+        data = read_some()
+        body += reader.feed(data)
+        if not data:
+            if not reader.at_end():
+                raise ConnectionError("it broke off")
+            break
+    return head, bytes(body)
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -5430,11 +5460,14 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/models":  # "*": any; the echo is for `check`
+            echo = {name.lower(): value for name, value in self.headers.items() if name.lower() not in CREDENTIALS}
+            return self._send_json({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
         stored = self.server.responses.get(self.path.rpartition("/")[2], 0.0)
         if stored is None:
-            self._send_json({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
-        else:
-            self._send_json(json.loads(stored))
+            problem = {"message": "no such response", "type": "invalid_request_error"}
+            return self._send_json({"error": problem}, 404)
+        return self._send_json(json.loads(stored))
 
     def do_DELETE(self) -> None:
         response_id = self.path.rpartition("/")[2]
@@ -6094,8 +6127,248 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 16  Check -- the doctor, for `check`.  May be skipped.
+# 16  Check -- judge_answer, judge_headers, notes_on, render_checkups; Checkup, check_upstreams: the doctor, for
+#     `check`.  May be skipped.
 # ---------------------------------------------------------------------------
+
+CHECK_S: Final = 10.0  # for all upstreams together, however many hang
+EXPIRES_SOON_DAYS: Final = 21
+CLOCK_SKEW_S: Final = 60
+COLOURS: Final = {"note": 2, "ok": 32, "warn": 33, "FAIL": 31}  # by verdict (ECMA-48 8.3.117), the worst last
+# Status, with a web page or not; verdict and what it means.  {}: the provider's place in the file, and its credential.
+STATUSES: Final = (
+    ("2.. page", "FAIL", "a web page, no API; check {}.api_base_url"),
+    ("2..", "warn", "no list of models; is this the API? check {}.api_base_url"),
+    ("3..", "FAIL", "a redirect, and none is followed; check {}.api_base_url"),
+    ("400", "warn", "malformed to it; does it want https, or one spelling only (session_headers)? check {}"),
+    ("40[13] page", "FAIL", "a web page refuses: a login or firewall before the API? check {}.api_base_url"),
+    ("40[13]", "FAIL", "the key is refused; check {}.{}"),
+    ("404", "warn", "no list of models; if requests fail as well, check {}.api_base_url"),
+    ("429", "warn", "reached, but it limits us now"),
+    ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
+    (".*", "ok", "reached; it lists no models"),
+)
+# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
+# three for those with TLS.
+VARIABLES: Final = (
+    ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
+    ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
+    ("ssl_cert_(file|dir)", "taken in place of the system's roots"),
+    ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
+    ("sslkeylogfile", "not used: keys of connections are never written"),
+)
+Judgement = Tuple[str, str, Dict[str, Any]]  # verdict (of COLOURS), text, facts for --json
+
+
+def judge_answer(
+    provider: Provider, answer: AnswerHead, body: Mapping[str, Any], models: Iterable[str], has_key: bool
+) -> Judgement:
+    """Judge the answer to GET /models, with the JSON in its *body*; *models* are those that we would ask for."""
+    status, place, facts = answer.status, f"providers.{provider.name}", {"status": answer.status}
+    # OpenAI has them in "data", each with an "id", the Codex backend in "models", each with a "slug".
+    listed = body.get("data", body.get("models"))
+    if status < 300 and isinstance(listed, list):
+        names = {str(one.get("id") or one.get("slug")) for one in listed if isinstance(one, dict)}
+        missing = [] if "*" in names else sorted(set(models) - names)
+        text = f"models listed: {len(names)}, {'not ' + ', '.join(missing) if missing else 'ours among them'}"
+        return "warn" if missing else "ok", text, {**facts, "models": len(names), "missing": missing}
+    if status in (401, 403) and not has_key:
+        if provider.auth == "key":
+            return "FAIL", f"it wants a key; set {place}.api_key", facts
+        return "ok", "reached; it wants a credential, and none is here", facts
+    kind = f"{status} page" if "html" in (answer.headers.get("content-type") or "").lower() else str(status)
+    verdict, text = next(row[1:] for row in STATUSES if re.match(row[0], kind))
+    return verdict, text.format(place, "auth_file" if provider.auth == "oauth" else "api_key"), facts
+
+
+def judge_headers(provider: Provider, sent: Sequence[Field], echo: Any) -> Judgement:
+    """Judge whether the routing headers arrive; *echo* is what the upstream says that it received."""
+    names = {name.lower() for name in (*provider.session_headers, *provider.affinity_headers, "x-client-request-id")}
+    routing = {name.lower(): value for name, value in sent if name.lower() in names}
+    if not isinstance(echo, dict):
+        return "note", "not known whether the routing headers arrive: it does not echo", {"arrive": None}
+    lost = [name for name, value in routing.items() if echo.get(name) != value]
+    if lost:
+        return "FAIL", f"lost or changed on the way: {', '.join(lost)}", {"arrive": False}
+    return "ok", f"{', '.join(routing)} arrive", {"arrive": True}
+
+
+def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
+    """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
+    has_env = any(provider.proxy == "env" for provider in providers)
+    has_tls = any(url.startswith("https") for one in providers for urls in one.api_base_url.values() for url in urls)
+    notes = []
+    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
+        names = [name for name, value in sorted(variables.items()) if value and re.fullmatch(pattern, name.lower())]
+        notes += [f"{', '.join(names)}: {text}"] if names else []
+    return notes
+
+
+def render_checkups(found: Mapping[str, Any], width: int, is_coloured: bool) -> str:
+    """Return what check_upstreams has found, for a terminal of *width* columns."""
+    lines: List[str] = []
+    for upstream in found["upstreams"]:
+        lines.append(one_line(f"{upstream['provider']}  {upstream['base_url']}"))
+        for row in upstream["findings"]:
+            text = f"  {row['verdict']:<4}  {row['phase']:<7}  {one_line(row['text'])}"
+            first, *more = textwrap.wrap(text, width, subsequent_indent=" " * 17, break_on_hyphens=False)
+            if is_coloured:
+                first = f"  \033[{COLOURS[row['verdict']]}m{first[2:6]}\033[m{first[6:]}"
+            lines += [first, *more]
+    for note in found["notes"]:
+        lines += textwrap.wrap(one_line(f"note: {note}"), width, subsequent_indent=" " * 6, break_on_hyphens=False)
+    verdicts = [upstream["verdict"] for upstream in found["upstreams"]]
+    counts = [("ok", "ok"), ("warn", "with a warning"), ("FAIL", "failed")]
+    summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in counts if name in verdicts)
+    return "\n".join([*lines, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"])
+
+
+class Checkup:
+    """One upstream examined, in a thread that does nothing but append to findings, and sets is_done last."""
+
+    def __init__(self, state: State, target: Target, until: float) -> None:
+        self.target = target  # without a model
+        self.findings: List[Dict[str, Any]] = []
+        self.is_done = False
+        self._state, self._until = state, until  # monotonic
+        self._phase = "key"
+
+    def _add(self, verdict: str, text: str, facts: Mapping[str, Any]) -> None:
+        self.findings.append({"phase": self._phase, "verdict": verdict, "text": text, **facts})
+
+    def run(self, may_guess: bool = True) -> None:
+        """With *may_guess*, a base URL at which nothing is found is tried with /v1, or without."""
+        began = time.monotonic()
+        try:
+            self._ask(may_guess)
+        except ProxyError as error:
+            took = f"{time.monotonic() - began:.2g} s"  # all share CHECK_S: it may have been less
+            text = error.message.replace("upstream connection error: ", "")
+            self._phase = "TLS" if re.match("certificate of |no TLS ", text) else self._phase
+            self._add("FAIL", text.replace(f"the connect_timeout_s of {self.target.provider.name}", took), {})
+        self.is_done = True
+
+    def _ask(self, may_guess: bool) -> None:
+        """Ask for the list of models, which costs no tokens, the way that requests take; judge what comes."""
+        provider, began, session = self.target.provider, time.monotonic(), Session("plexus-check")
+        ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
+        sent = outbound_fields(ours, provider, session, session.value, credential=self._credential())
+        seconds = min(provider.timeout_s("connect_timeout_s", self._state.config.limits), self._until - began)
+        target = dataclasses.replace(self.target, provider=dataclasses.replace(provider, connect_timeout_s=seconds))
+        self._phase = "connect"
+        upstream = self._state.transport.send(
+            OutboundRequest(target, "/models", "GET", sent, None, lambda: False, fresh=True, may_wait=True)
+        )
+        assert upstream is not None
+        with contextlib.closing(upstream):
+            attempt = Attempt(provider, self._until, lambda: False)
+            with attempt.at("answer"):
+                self._judge_way(upstream.sock, time.monotonic() - began)
+                self._phase, began = "HTTP", time.monotonic()
+                answer, raw = read_whole(upstream.sock, attempt, self._state.config.limits.max_header_bytes)
+        if answer.status == 407 and upstream.proxy:
+            raise wrong_password(upstream.proxy, provider)
+        self._judge(answer, raw, sent, upstream.proxy, round((time.monotonic() - began) * 1000, 1))
+        if answer.status == 404 and may_guess:
+            self._guess()
+        self._judge_clock(answer.headers)
+
+    def _judge(
+        self, answer: AnswerHead, raw: bytes, sent: Sequence[Field], proxy: Optional[ForwardProxy], took_ms: float
+    ) -> None:
+        provider = self.target.provider
+        body: Mapping[str, Any] = {}
+        with contextlib.suppress(ProxyError):
+            body = parse_json_body(raw).members
+        targets = [one for some in self._state.catalogue.values() for one in some if one.place == self.target.place]
+        has_key = any(name.lower() in CREDENTIALS for name, _ in sent)
+        verdict, text, facts = judge_answer(provider, answer, body, [one.model for one in targets], has_key)
+        if 300 <= answer.status < 400:
+            where = mask_text(answer.headers.get("location") or "", secrets_of(sent, proxy))
+            text += f"; it leads to {describe(where)}"
+        by = f", perhaps from the proxy {proxy.name}" if proxy and verdict == "FAIL" else ""
+        self._add(verdict, f"{answer.status} in {took_ms} ms{by}: {text}", {**facts, "ms": took_ms})
+        if answer.status < 300 and verdict != "FAIL":
+            self._phase = "headers"
+            self._add(*judge_headers(provider, sent, body.get("echo")))
+
+    def _credential(self) -> Sequence[Field]:
+        credentials, provider = self._state.credentials, self.target.provider
+        credential = credentials.fields(provider, may_wait=False)
+        hours = (credentials.expires(provider) - time.time()) / 3600
+        if credential is None:  # a refresh token is too precious for a question
+            self._add("warn", "the access token has to be renewed, which serving does", {"hours_left": round(hours, 1)})
+        elif hours < math.inf:
+            self._add("ok", f"the access token expires in {hours:.1f} h", {"hours_left": round(hours, 1)})
+        return credential or ()
+
+    def _judge_way(self, sock: socket.socket, seconds: float) -> None:
+        if self.target.base_url == "demo://":
+            return
+        proxy, address = find_proxy(self.target.provider, self.target.base_url), None
+        with contextlib.suppress(OSError):  # it may have closed already
+            address = join_authority(*sock.getpeername()[:2])
+        way = f"through the proxy {proxy.name}" if proxy else "direct"
+        took_ms = round(seconds * 1000, 1)
+        facts: Dict[str, Any] = {"address": address, "proxy": proxy.name if proxy else None, "ms": took_ms}
+        self._add("ok", f"{address or 'closed since'}, {way}, {took_ms} ms", facts)
+        if not isinstance(sock, ssl.SSLSocket):
+            return
+        self._phase = "TLS"
+        with contextlib.suppress(ValueError, IndexError):  # OpenSSL could read it, and has accepted it
+            shown = read_certificate(sock.getpeercert(binary_form=True) or b"")
+            days = (shown.not_after - datetime.datetime.now(datetime.timezone.utc)).days
+            subject = shown.subject or ", ".join(shown.names[:1])
+            facts = {"version": sock.version(), "subject": subject, "issuer": shown.issuer, "days_left": days}
+            text = f"{sock.version()}, {days} days left, {describe(subject)} signed by {describe(shown.issuer)}"
+            if sys.version_info >= (3, 13):
+                facts["root"] = read_certificate(sock.get_verified_chain()[-1]).subject
+                text += f", root {describe(facts['root'])}" if facts["root"] != shown.issuer else ""
+            self._add("warn" if days < EXPIRES_SOON_DAYS else "ok", text, facts)
+
+    def _judge_clock(self, headers: Headers) -> None:
+        self._phase = "clock"
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no date, or nothing that is one
+            theirs = email.utils.parsedate_to_datetime(headers.get("date") or "")
+            ahead = round(time.time() - theirs.timestamp())
+            verdict = "warn" if abs(ahead) > CLOCK_SKEW_S else "ok"
+            self._add(verdict, f"{ahead:+d} s against the upstream's", {"ahead_s": ahead})
+
+    def _guess(self) -> None:
+        """Say which base URL was probably meant, if something answers there."""
+        shorter = re.sub("/(v1|responses|chat/completions)$", "", self.target.base_url)
+        url = f"{shorter}/v1" if shorter == self.target.base_url else shorter
+        other = Checkup(self._state, dataclasses.replace(self.target, base_url=url), self._until)
+        other.run(may_guess=False)
+        answers = [row for row in other.findings if row["phase"] == "HTTP"]
+        if any(row["verdict"] == "ok" or row.get("status") in (401, 403) for row in answers):
+            text = f"{url} answers; set providers.{self.target.provider.name}.api_base_url to that"
+            self._add("FAIL", text, {"base_url": url})
+
+
+def check_upstreams(state: State) -> Dict[str, Any]:
+    """Return what is found of every upstream of *state*, and of what is around."""
+    until = time.monotonic() + CHECK_S
+    providers = [provider for provider in state.config.providers.values() if provider.enabled]
+    urls = [(provider, url) for provider in providers for urls in provider.api_base_url.values() for url in urls]
+    targets = {target.place: target for target in (Target(provider, url, "") for provider, url in urls)}
+    checkups = [Checkup(state, target, until) for target in targets.values()]
+    threads = [threading.Thread(target=checkup.run, daemon=True) for checkup in checkups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
+    upstreams = []
+    for one in checkups:
+        findings = list(one.findings)
+        if not one.is_done:  # getaddrinfo alone has no time limit
+            text = f"not done within {CHECK_S:g} s; does the name server answer?"
+            findings.append({"phase": "connect", "verdict": "FAIL", "text": text})
+        verdict = max((row["verdict"] for row in findings), key=list(COLOURS).index)
+        facts = {"provider": one.target.provider.name, "base_url": one.target.base_url, "verdict": verdict}
+        upstreams.append({**facts, "findings": findings})
+    return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
+
 
 # ---------------------------------------------------------------------------
 # 17  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
@@ -6125,7 +6398,7 @@ def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     helps = "; ".join(f"{name}: {row.text}" for name, row in COMMANDS.items())
     parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS, metavar="COMMAND", help=helps)
     parser.add_argument("files", nargs="*", metavar="LOG", help="report: access logs, gzipped or not; - is stdin")
-    parser.add_argument("--json", action="store_true", help="report: JSON instead of tables")
+    parser.add_argument("--json", action="store_true", help="report, check: JSON instead of tables")
     parser.add_argument(
         "--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)"
     )
@@ -6231,21 +6504,23 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-def serve(options: argparse.Namespace) -> int:
+def config_path(options: argparse.Namespace) -> str:
     here = os.path.dirname(os.path.abspath(__file__))
-    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
-    demo = DemoBackend()
-    ticket_secret = secrets.token_bytes(32)
+    return options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
 
-    def load_state() -> State:
-        try:
-            config = read_config(path, options)
-            return make_state(config, demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
-        except ConfigError as error:
-            raise ConfigError("", f"{path}: {error}") from None
 
+def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
+    path = config_path(options)
     try:
-        state = load_state()
+        return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
+    except ConfigError as error:
+        raise ConfigError("", f"{path}: {error}") from None
+
+
+def serve(options: argparse.Namespace) -> int:
+    again = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
+    try:
+        state = again()
     except ConfigError as error:
         say(str(error), 2)
         return EXIT_USAGE
@@ -6267,7 +6542,7 @@ def serve(options: argparse.Namespace) -> int:
     announce(state.config, listener)
     workers = state.config.workers or len(cores())
     if workers > 1 and sys.platform == "win32":
-        say(f"{path}: workers: this system cannot fork, so one process serves", 2)
+        say(f"{config_path(options)}: workers: this system cannot fork, so one process serves", 2)
         workers = 1
 
     shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers), int(time.time()))
@@ -6279,8 +6554,8 @@ def serve(options: argparse.Namespace) -> int:
         current = state
         if lifeline is not None:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
-                current = load_state()
-        reload_state = lambda: share_of(load_state(), workers)  # noqa: E731
+                current = again()
+        reload_state = lambda: share_of(again(), workers)  # noqa: E731
         server = Server(share_of(current, workers), log, reload_state, listener, shared, number, page)
         server.catch_signals()
         if lifeline is not None:
@@ -6344,6 +6619,23 @@ def report(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def check(options: argparse.Namespace) -> int:
+    """Say on stdout what keeps each upstream from being used, if anything does."""
+    threading.stack_size(STACK_BYTES)
+    try:
+        found = check_upstreams(load_state(options, DemoBackend(), b""))
+    except ConfigError as error:
+        say(str(error), 2)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    is_coloured = os.isatty(1) and not os.environ.get("NO_COLOR") and sys.platform != "win32"
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
+    say(json.dumps(found) if options.json else render_checkups(found, width, is_coloured))
+    has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
+    return EXIT_CHECK_FAILED if has_failed else EXIT_OK
+
+
 class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
     text: str
@@ -6354,6 +6646,7 @@ class Command(NamedTuple):
 COMMANDS: Final[Mapping[str, Command]] = {
     "serve": Command(serve, "what is done without one"),
     "init": Command(init, "print a starter configuration"),
+    "check": Command(check, "ask every upstream whether it can be used, at no cost", has_json=True),
     "report": Command(report, "say what access logs tell of the cache", reads_files=True, has_json=True),
 }
 

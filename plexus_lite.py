@@ -1009,18 +1009,15 @@ def read_length(lengths: Sequence[str]) -> Optional[int]:
 
 
 def read_answer_head(head: bytes) -> AnswerHead:
-    """Return the answer head in *head*, which ends with its empty line; UpstreamError if it is not strict HTTP."""
+    """Return the answer head in *head*, which ends with its empty line."""
     if has_bare_line_end(head):
-        raise UpstreamError("a line of the answer's head ends in something else than CRLF", "upstream_invalid_response")
+        raise MalformedHTTP("a line of the head ends in something else than CRLF")
     line, _, section = head[:-2].partition(b"\r\n")
     found = STATUS_LINE.fullmatch(line)
     if not found:
-        raise UpstreamError("the answer does not begin with an HTTP/1.1 status line", "upstream_invalid_response")
-    try:
-        headers = read_fields(section)
-    except MalformedHTTP as error:
-        raise UpstreamError(error.message, "upstream_invalid_response") from None
-    return AnswerHead(int(found.group(2)), (found.group(3) or b"").decode("latin-1"), int(found.group(1)), headers)
+        raise MalformedHTTP("it does not begin with an HTTP/1.1 status line")
+    reason = (found.group(3) or b"").decode("latin-1")
+    return AnswerHead(int(found.group(2)), reason, int(found.group(1)), read_fields(section))
 
 
 def answer_body(head: AnswerHead) -> "BodyReader":
@@ -1030,12 +1027,9 @@ def answer_body(head: AnswerHead) -> "BodyReader":
         return LengthBody(0)
     if codings:
         if lengths or head.version == 0 or len(codings) > 1 or codings[0].lower() != "chunked":
-            raise UpstreamError("the answer's Transfer-Encoding is not exactly chunked", "upstream_invalid_response")
+            raise MalformedHTTP("the Transfer-Encoding is not exactly chunked")
         return ChunkedBody()
-    try:
-        length = read_length(lengths)
-    except MalformedHTTP as error:
-        raise UpstreamError("in the answer: " + error.message, "upstream_invalid_response") from None
+    length = read_length(lengths)
     return CloseBody() if length is None else LengthBody(length)
 
 
@@ -3104,7 +3098,7 @@ def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attemp
                     raise ConnectionError("it broke off")
             try:
                 status = read_answer_head(answer[: end + 4]).status
-            except UpstreamError:
+            except MalformedHTTP:
                 raise ConnectionError("it does not answer in HTTP") from None
             if status in (401, 407):  # tinyproxy answers 401 to a wrong password
                 raise wrong_password(proxy, attempt.provider)
@@ -4162,8 +4156,6 @@ class Answer:
             self._take(data)
         except MalformedHTTP as error:
             self._invalid(UpstreamError("in the answer: " + error.message, "upstream_invalid_response"))
-        except UpstreamError as error:
-            self._invalid(error)
 
     def _read_head(self, data: bytes) -> bytes:
         """Read the head if it is complete and decide what to do with the answer; return what follows it."""
@@ -4171,17 +4163,14 @@ class Answer:
         while True:
             end = self._start.find(b"\r\n\r\n") + 4
             if (end if end > 3 else len(self._start)) > self._max_head:
-                raise UpstreamError(
-                    f"the answer's head is larger than limits.max_header_bytes ({self._max_head})",
-                    "upstream_invalid_response",
-                )
+                raise MalformedHTTP(f"the head is larger than limits.max_header_bytes ({self._max_head})")
             if end < 4:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
-                    raise UpstreamError("the answer is not HTTP/1.1", "upstream_invalid_response")
+                    raise MalformedHTTP("this is not HTTP/1.1")
                 return b""
             head, self._start = read_answer_head(self._start[:end]), self._start[end:]
             if head.status == 101:
-                raise UpstreamError("101 Switching Protocols was not asked for", "upstream_invalid_response")
+                raise MalformedHTTP("101 Switching Protocols was not asked for")
             if head.status >= 200:  # 100, 102 and 103 announce another head
                 break
         if head.status == 407 and self._proxy:  # it asks us, not the client

@@ -344,9 +344,8 @@ class AnswerHeads(Refusals):
         )
         for name, raw in rows:
             with self.subTest(name):
-                error = self.assertRefused("upstream_invalid_response", plexus_lite.read_answer_head, raw)
-                self.assertEqual(error.status, 502)
-                self.assertTrue(error.message.startswith("upstream connection error:"))
+                with self.assertRaises(plexus_lite.MalformedHTTP):
+                    plexus_lite.read_answer_head(raw)
 
     def test_how_the_end_of_the_body_is_known(self):
         """RFC 9112 6.3, in its order."""
@@ -388,7 +387,8 @@ class AnswerHeads(Refusals):
         for name, raw in rows:
             with self.subTest(name):
                 head = plexus_lite.read_answer_head(raw)
-                self.assertRefused("upstream_invalid_response", plexus_lite.answer_body, head)
+                with self.assertRaises(plexus_lite.MalformedHTTP):
+                    plexus_lite.answer_body(head)
 
 
 class Bodies(unittest.TestCase):

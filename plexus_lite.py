@@ -113,6 +113,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Protocol,
     Sequence,
     Set,
     Tuple,
@@ -3450,13 +3451,28 @@ class State(NamedTuple):
         return targets_of(self.config, model, api) if known is None else known
 
 
-class HeldAnswer(NamedTuple):
-    """An error answer that has been read to its end and not been sent: another target is asked first."""
+class Placed(NamedTuple):
+    """What placing finds: which targets are asked, in which order, and what of the request that was made of."""
 
-    head: AnswerHead
-    body: bytes
-    target: Target
-    secrets: Sequence[bytes]  # that were sent, not to be handed on
+    headers: Headers  # end-to-end
+    session: Session
+    targets: Tuple[Target, ...]  # all that could serve it
+    plan: Plan
+    model: Optional[str] = None
+    cache_key: Optional[str] = None
+    body: Optional[JsonBody] = None  # until it has been sent; longer where a target has another name for the model
+    place: Optional[Place] = None  # what it was placed by, if there was a choice
+    turn_owner: Optional[str] = None  # the place that minted the turn state
+    passes_on: FrozenSet[int] = RETRY_STATUSES  # statuses with which the next target is asked
+
+    def renamed(self, target: Target) -> Optional[Tuple[str, str]]:
+        """Return the client's and the upstream's name of the model if they differ."""
+        return None if self.model in (None, target.model) else (self.model or "", target.model)
+
+
+NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
+NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
+NOT_PLACED: Final = Placed(NO_HEAD.headers, Session(), (), Plan((), "", ""))
 
 
 class Exchange:
@@ -3466,41 +3482,31 @@ class Exchange:
     Loop.call() hands it back.  Only is_gone is read by the one while the other may set it.
     """
 
-    def __init__(self, head: Optional[RequestHead], state: State, record: Dict[str, Any], now: float) -> None:
+    def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
         self.head = head
         self.state = state
-        self.record = record
+        self.record = new_record(time.time(), "req_" + secrets.token_hex(12), peer)
+        self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
+        self.reader = BodyReader()
         self.body = bytearray()
+        self.refusal: Optional[ProxyError] = None  # to be answered once the body has been read
         self.is_gone = False  # the client has left
         # What admit() finds.
-        self.route: Optional[Route] = None
+        self.route = Route("", "", "")
         self.identity = Identity()
         # What the first turn of the handler finds.
-        self.headers = Headers(())  # end-to-end
-        self.model: Optional[str] = None
-        self.session = Session()
-        self.cache_key: Optional[str] = None
-        self.body_json: Optional[JsonBody] = None  # kept only where a target has another name for the model
-        self.members: Optional[Mapping[str, Any]] = None  # of the body, until the prefix is taken of them
+        self.placed = NOT_PLACED
         self.prefix = b""  # digests of a request with a session
-        self.targets: Tuple[Target, ...] = ()
-        self.plan: Optional[Plan] = None
-        self.place: Optional[Place] = None  # what it was placed by, if there was a choice
-        self.owner: Optional[str] = None  # the place that issued previous_response_id
-        self.turn_owner: Optional[str] = None  # of the one that minted the turn state
-        self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
         # What each turn changes.
         self.tried = 0  # how many targets of the plan
         self.target: Optional[Target] = None  # the one being asked
-        self.renamed: Optional[Tuple[str, str]] = None  # the client's and the upstream's name of the model
-        self.asks_again = False  # the same target, since the loop could not wait for a connection
-        self.repeat = False  # ask the same target again, on a fresh connection
-        self.repeated = False
+        self.asks_again = False  # the same target, in the next turn
+        self.was_stale = False  # its pooled connection
         self.credential: Sequence[Field] = ()  # what was sent
-        self.refused: Sequence[Field] = ()  # what was answered with a 401 before
+        self.refused: Sequence[Field] = ()  # what it answered with a 401 before
         self.waited_s = 0.0  # for 429s
-        self.last_answer: Optional[HeldAnswer] = None
+        self.last_answer: Optional[Answer] = None  # an error, read to its end and not sent: another is asked first
         self.left: List[str] = []  # the providers that a further target stood in for
         self.last_error: ProxyError = UpstreamError("no target is enabled")
         self.usage: Optional[UsageReader] = None  # of the answer that is relayed
@@ -3511,27 +3517,22 @@ class Exchange:
             self.record["error"] = code
 
 
-class Application:
-    """What the loop asks of the rooms below it."""
-
-    def admit(self, exchange: Exchange) -> None:
-        """Set route and identity of a request whose head has come; ProxyError refuses it before its body is read."""
-        raise NotImplementedError
-
-    def start(self, exchange: Exchange, connection: "ClientConnection") -> None:
-        """Go on with *exchange* in a thread of its own: at first, and again for each further target."""
-        raise NotImplementedError
-
-    def done(self, exchange: Exchange) -> None:
-        """*exchange* has ended: write its record."""
-        raise NotImplementedError
-
-    def is_draining(self) -> bool:
-        """Say whether no further request is taken on a connection."""
-        raise NotImplementedError
+class Application(Protocol):
+    """What the loop's rooms ask of those below them."""
 
     state: State
     fleet: Fleet
+    loop: "Loop"
+    clients: Set["ClientConnection"]
+    body_bytes: int  # of the requests of all clients together, held until nothing can fail over any more
+
+    def admit(self, exchange: Exchange) -> None: ...  # set its route and identity, or refuse it by its head
+
+    def start(self, exchange: Exchange, connection: "ClientConnection") -> None: ...  # and again for a further target
+
+    def done(self, exchange: Exchange) -> None: ...  # it has ended: write its record
+
+    def is_draining(self) -> bool: ...  # no further request is taken on a connection
 
 
 class Loop:
@@ -3542,10 +3543,6 @@ class Loop:
         self._lock = threading.Lock()  # protects _calls and _woken
         self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
         self._woken = False
-        self._wake_read, self._wake_write = socket.socketpair()
-        for end in (self._wake_read, self._wake_write):
-            end.setblocking(False)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wakeups)
         self._watched: Dict[socket.socket, int] = {}
         self._stopped = False
         self._thread = 0
@@ -3553,6 +3550,10 @@ class Loop:
         self.on_tick: Callable[[float], None] = lambda now: None
         self.on_wake: Callable[[], None] = lambda: None
         self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self.watch(self._wake_read, selectors.EVENT_READ, self._drain_wakeups)
 
     @property
     def wakeup_fd(self) -> int:
@@ -3596,7 +3597,7 @@ class Loop:
             ready = self._selector.select(0 if self._calls else TICK_S)
             self.now = time.monotonic()
             for key, events in ready:
-                if self._watched.get(key.fileobj) or key.fileobj is self._wake_read:  # type: ignore[call-overload]
+                if key.fileobj in self._watched:  # still: the ones before it may have closed it
                     self.guard(key.data, events)
             with self._lock:
                 calls, self._calls, self._woken = self._calls, [], False
@@ -3619,21 +3620,6 @@ class Loop:
             self.on_error(function, error)
 
 
-class Budget:
-    """Bytes of request bodies held by all clients together.  Used in the loop's thread only."""
-
-    def __init__(self) -> None:
-        self.held = 0
-
-    def take(self, count: int, limit: int) -> None:
-        if self.held + count > limit:
-            raise ProxyError("overloaded", f"the request bodies under way fill limits.max_buffered_bytes ({limit})")
-        self.held += count
-
-    def give_back(self, count: int) -> None:
-        self.held -= count
-
-
 class Phase:
     """What a client connection is doing."""
 
@@ -3641,12 +3627,13 @@ class Phase:
     HEAD = "head"
     BODY = "body"
     BUSY = "busy"  # a handler thread has the exchange
-    ANSWERING = "answering"  # an answer is awaited or relayed
+    ANSWERING = "answering"  # an answer is awaited or relayed, or a 429 waited for
     LINGERING = "lingering"  # the last answer is out: read until the client closes
 
 
 EMPTY_LINES: Final = re.compile(rb"\A(?:\r\n)+")
-READING: Final = (Phase.IDLE, Phase.HEAD, Phase.BODY)
+# How long it may read; all other phases have no limit of their own.
+READING: Final = {Phase.IDLE: "client_idle_s", Phase.HEAD: "header_timeout_s", Phase.BODY: "body_timeout_s"}
 
 
 class ClientConnection:
@@ -3657,41 +3644,34 @@ class ClientConnection:
     close() because the client has left.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        app: Application,
-        budget: Budget,
-        sock: socket.socket,
-        peer: str,
-        on_close: "Callable[[ClientConnection], None]",
-    ) -> None:
-        self.loop = loop
+    def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
+        self.loop = app.loop
         self.app = app
         self.sock = sock
         self.peer = peer
-        self.phase = Phase.IDLE
         self.exchange: Optional[Exchange] = None
         self.answer: Union[Answer, Feed, None] = None
         self.closing = False  # no further request on this connection
         self.is_closed = False
-        self.out_bytes = 0
-        self.resume_at = math.inf  # while a 429 is waited for
-        self._budget = budget
-        self._on_close = on_close
+        self.unsent = bytearray()  # what the client has not taken yet
         self._pending = b""  # bytes of the request being read, or of the ones after it
-        self._body: BodyReader = LengthBody(0)
-        self._refusal: Optional[ProxyError] = None  # to be answered once the body has been read
-        self._held = 0  # bytes taken from the budget
-        self._out: Deque[memoryview] = collections.deque()
         self._head_bytes = b""  # of the answer, until its first bytes leave with it
-        self.is_delimited_by_close = False  # the answer ends with the connection (HTTP/1.0)
+        self._framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
         self._aborted = False  # close without a clean end once the rest is out
         self._handshaking = isinstance(sock, ssl.SSLSocket)
-        self.deadline = loop.now + app.state.config.limits.header_timeout_s
+        self._took_at = 0.0  # when the client last took something of unsent
+        self._enter(Phase.IDLE)
+        self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
-        self._stall_deadline = math.inf
         self._watch()
+
+    @property
+    def limits(self) -> Limits:
+        return self.app.state.config.limits  # those of today: a reload is for open connections, too
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        self.deadline = self.loop.now + getattr(self.limits, READING[phase]) if phase in READING else math.inf
 
     # -- requests in -----------------------------------------------------
 
@@ -3699,9 +3679,9 @@ class ClientConnection:
         if self.is_closed:
             return
         busy = self.phase in (Phase.BUSY, Phase.ANSWERING)
-        unread = len(self._pending) > PIPELINE_BYTES if busy else self.out_bytes > HIGH_WATER_BYTES
+        unread = len(self._pending) > PIPELINE_BYTES if busy else len(self.unsent) > HIGH_WATER_BYTES
         events = 0 if unread or self._aborted else selectors.EVENT_READ
-        if self._out:
+        if self.unsent:
             events |= selectors.EVENT_WRITE
         self.loop.watch(self.sock, events, self._on_ready)
 
@@ -3753,8 +3733,7 @@ class ClientConnection:
 
     def _on_end(self) -> None:
         """FIN counts as gone: no agent half-closes, and one that has left must not cost tokens."""
-        exchange = self.exchange
-        if self.phase == Phase.BUSY and exchange and exchange.route and not exchange.route.is_forwarded:
+        if self.phase == Phase.BUSY and self.exchange and not self.exchange.route.is_forwarded:
             self.closing = True  # an answer of our own costs nothing: it may still be wanted
             self.loop.watch(self.sock, 0, self._on_ready)
         else:
@@ -3762,13 +3741,11 @@ class ClientConnection:
 
     def _advance(self) -> None:
         """Read as much of a request as is there; stop once one is complete."""
-        if self.is_closed:
-            return
         try:
-            while self._pending and self.phase in READING and self._read_some(self.app.state.config.limits):
+            while self._pending and self.phase in READING and not self.is_closed and self._read_some(self.limits):
                 pass
         except ProxyError as error:
-            self._refuse(error)
+            self.refuse(error)
         self._watch()
 
     def _read_some(self, limits: Limits) -> bool:
@@ -3777,25 +3754,24 @@ class ClientConnection:
             self._pending = EMPTY_LINES.sub(b"", self._pending, 1)  # RFC 9112 2.2: ignored before a request
             if self._pending in (b"", b"\r"):
                 return False
-            self.phase = Phase.HEAD
-            self.deadline = self.loop.now + limits.header_timeout_s
+            self._enter(Phase.HEAD)
         if self.phase == Phase.HEAD:
             end = find_head_end(self._pending, limits.max_header_bytes)
             if end < 0:
                 return False
             raw, self._pending = self._pending[:end], self._pending[end:]
             self._begin(read_request_head(raw), limits)
-        self._read_body(limits)
+        if self.exchange:
+            self._read_body(self.exchange, limits)
         return True
 
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
         length = request_framing(head)
-        self._body = ChunkedBody() if length is None else LengthBody(length)
-        self.phase = Phase.BODY
-        self.deadline = self.loop.now + limits.body_timeout_s
+        exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now)
+        exchange.reader = ChunkedBody() if length is None else LengthBody(length)
+        self._enter(Phase.BODY)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
-        exchange = self.exchange = self._new_exchange(head)
         expectation = head.headers.tokens("expect")
         try:
             if expectation not in ([], ["100-continue"]):
@@ -3806,59 +3782,43 @@ class ClientConnection:
         except ProxyError as error:
             if error.closes or expectation or (length or 0) > SMALL_BODY_BYTES:
                 raise
-            self._refusal = error  # its body is on the way: read it, or it would be taken for the next request
-        if expectation and head.version and not self._pending and not self._body.done:
+            exchange.refusal = error  # its body is on the way: read it, or it would be taken for the next request
+        if expectation and head.version and not self._pending and not exchange.reader.done:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _read_body(self, limits: Limits) -> None:
-        body, exchange = self._body, self.exchange
-        if exchange is None:
+    def _read_body(self, exchange: Exchange, limits: Limits) -> None:
+        payload = exchange.reader.feed(self._pending)
+        self._pending = exchange.reader.rest
+        exchange.record["bytes_in"] += len(payload)
+        if exchange.refusal:
+            if exchange.reader.done or exchange.record["bytes_in"] > SMALL_BODY_BYTES:
+                raise exchange.refusal
             return
-        if not body.done:
-            data, self._pending = self._pending, b""
-            payload = body.feed(data)
-            if body.done:
-                self._pending = body.rest
-            exchange.record["bytes_in"] += len(payload)
-            if self._refusal:
-                if exchange.record["bytes_in"] > SMALL_BODY_BYTES:
-                    raise self._refusal
-            elif payload:
-                if exchange.record["bytes_in"] > limits.max_body_bytes:
-                    raise too_large("body", limits.max_body_bytes)
-                self._budget.take(len(payload), limits.max_buffered_bytes)
-                self._held += len(payload)
-                exchange.body += payload
-        if body.done:
-            if self._refusal:
-                raise self._refusal
+        exchange.body += payload
+        self.app.body_bytes += len(payload)
+        if len(exchange.body) > limits.max_body_bytes:
+            raise too_large("body", limits.max_body_bytes)
+        if self.app.body_bytes > limits.max_buffered_bytes:
+            message = f"the request bodies under way fill limits.max_buffered_bytes ({limits.max_buffered_bytes})"
+            raise ProxyError("overloaded", message)
+        if exchange.reader.done:
             self.go_on(exchange)
 
     def go_on(self, exchange: Exchange) -> None:
-        self.phase, self.deadline, self.resume_at = Phase.BUSY, math.inf, math.inf
+        self._enter(Phase.BUSY)
         self.app.start(exchange, self)
 
-    def _new_exchange(self, head: Optional[RequestHead]) -> Exchange:
-        record = new_record(time.time(), "req_" + secrets.token_hex(12), self.peer)
-        if head:
-            record["method"] = head.method[:32]
-        return Exchange(head, self.app.state, record, self.loop.now)
-
-    def _refuse(self, error: ProxyError) -> None:
+    def refuse(self, error: ProxyError) -> None:
         """Answer a request that cannot be read or may not be served."""
+        if self._handshaking:  # nothing can be said before its end
+            self.close()
+            return
         if self.exchange is None:
-            self.exchange = self._new_exchange(None)
-        if error.closes or self.phase != Phase.BODY or not self._body.done:
+            self.exchange = Exchange(NO_HEAD, self.app.state, self.peer, self.loop.now)
+        if error.closes or not self.exchange.reader.done:
             self.closing = True  # the bytes that follow cannot be told from a request
             self._pending = b""
         self.respond_error(error)
-
-    def drop_body(self) -> None:
-        """The request's body is no longer needed: nothing can fail over any more."""
-        if self.exchange:
-            self.exchange.body = bytearray()
-        self._budget.give_back(self._held)
-        self._held = 0
 
     # -- answers out -----------------------------------------------------
 
@@ -3869,83 +3829,77 @@ class ClientConnection:
         self.closing = self.closing or error.closes
         self.respond(error.status, [*own_fields(), *fields], body)
 
-    def respond(self, status: int, fields: Sequence[Field], body: bytes, reason: Optional[str] = None) -> None:
-        """Send a whole answer and end the exchange with it."""
-        exchange = self.exchange
-        if exchange is None or self.is_closed:
-            return
-        self.begin_answer(status, [*fields, ("Content-Length", str(len(body)))], reason)
-        if exchange.head is not None and exchange.head.method == "HEAD":
-            body = b""
-        self.send_payload(body, len(body))
-        self.finish()
+    def respond(self, status: int, fields: Sequence[Field], body: bytes) -> None:
+        """Send a whole answer of our own and end the exchange with it."""
+        if self.exchange:
+            self.begin_answer(status, http.HTTPStatus(status).phrase, fields, len(body))
+            self.send_payload(b"" if self.exchange.head.method == "HEAD" else body)
+            self.finish()
 
-    def begin_answer(self, status: int, fields: Sequence[Field], reason: Optional[str] = None) -> None:
-        """Render the head; it leaves with the first payload, in one packet."""
+    def begin_answer(self, status: int, reason: str, fields: Sequence[Field], length: Optional[int] = None) -> None:
+        """Render the head, with the framing for *length* bytes (None: not known); it leaves with the first payload."""
         exchange = self.exchange
         assert exchange is not None
-        if self.app.is_draining():
-            self.closing = True
-        if reason is None:
-            reason = http.HTTPStatus(status).phrase
-        own: List[Field] = [("x-plexus-request-id", exchange.record["id"])]
+        own: List[Field] = []
+        self._framing = "length"
+        if length is None and exchange.head.version == 1:
+            self._framing = "chunked"
+            own.append(("Transfer-Encoding", "chunked"))
+        elif length is None:
+            self._framing = "close"
+        elif status not in (204, 304):
+            own.append(("Content-Length", str(length)))
+        own.append(("x-plexus-request-id", exchange.record["id"]))
+        self.closing = self.closing or self._framing == "close" or self.app.is_draining()
         if self.closing:
             own.append(("Connection", "close"))
         line = f"HTTP/1.1 {status} {reason}\r\n".encode("latin-1")
         self._head_bytes = line + render_fields([*fields, *own]) + b"\r\n"
         exchange.record["status"] = status
 
-    def send_payload(self, wire: bytes, payload_bytes: int) -> None:
-        """Send *wire*, which carries *payload_bytes* of the answer's body, after the head if that is still here."""
+    def framed(self, payload: bytes, is_last: bool = False) -> bytes:
+        if self._framing != "chunked":
+            return payload
+        wire = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+        return wire + b"0\r\n\r\n" if is_last else wire
+
+    def send_payload(self, payload: bytes, is_last: bool = False) -> None:
+        """Send a part of the answer's body; before the first one the head, in the same packet."""
         exchange = self.exchange
         assert exchange is not None
-        record = exchange.record
+        wire = self.framed(payload, is_last)
         if self._head_bytes:
             wire, self._head_bytes = self._head_bytes + wire, b""
-            record["ttfb_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
-        record["bytes_out"] += payload_bytes
+            exchange.record["ttfb_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
+        exchange.record["bytes_out"] += len(payload)
         self.send(wire)
 
     def send(self, wire: bytes) -> None:
         """Send what the client takes now and keep the rest; never blocks."""
-        sent = 0
-        if not self._out:
-            try:
-                sent = self.sock.send(wire)
-            except BLOCKED:
-                pass
-            except OSError:
-                self.close()
-                return
-            if sent == len(wire):
-                return
-            self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
-        self._out.append(memoryview(wire)[sent:])
-        self.out_bytes += len(wire) - sent
-        self._watch()
+        sent = 0 if self.unsent else self._offer(wire)
+        if sent < len(wire) and not self.is_closed:
+            self.unsent += memoryview(wire)[sent:]
+            self._watch()
+
+    def _offer(self, data: Union[bytes, bytearray]) -> int:
+        """Return how much of *data* the client takes now.  What TLS takes is counted only when it has taken all."""
+        self._took_at = self.loop.now
+        try:
+            return self.sock.send(data)
+        except BLOCKED:
+            pass
+        except OSError:
+            self.close()
+        return 0
 
     def _flush(self) -> None:
-        # There is room: the client reads.  What TLS has taken of a piece is counted only when it has taken all of it.
-        self._stall_deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
-        while self._out:
-            view = self._out[0]
-            try:
-                sent = self.sock.send(view)
-            except BLOCKED:
-                return
-            except OSError:
-                self.close()
-                return
-            self.out_bytes -= sent
-            if sent < len(view):
-                self._out[0] = view[sent:]
-                return
-            self._out.popleft()
-        self._stall_deadline = math.inf
+        """The client reads: there is room."""
+        del self.unsent[: self._offer(self.unsent)]
+        if self.unsent or self.is_closed:
+            return
         if self._aborted:
             self.close()
-            return
-        if self.answer:
+        elif self.answer:
             self.answer.resume()
         elif self.phase == Phase.LINGERING:
             self._shut()
@@ -3953,30 +3907,32 @@ class ClientConnection:
 
     def finish(self) -> None:
         """The answer is complete: write the record, and be ready for the next request or close."""
-        exchange, self.exchange, self.answer = self.exchange, None, None
-        if exchange is None:
+        if self.exchange is None:  # the client has left meanwhile
             return
-        self._end_exchange(exchange)
-        self._refusal = None
-        self._body = LengthBody(0)
+        self._end_exchange()
         self.idle_since = time.monotonic()
         if self.closing or self.app.is_draining():
-            self.phase = Phase.LINGERING
-            self.deadline = self.loop.now + self.app.state.config.limits.stall_timeout_s
-            if not self._out:
+            self._enter(Phase.LINGERING)
+            if not self.unsent:
                 self._shut()
-            self._watch()
-            return
-        self.phase = Phase.IDLE
-        self.deadline = self.loop.now + self.app.state.config.limits.client_idle_s
-        if self._pending:  # a pipelined request; not called from here, or thousands of them would nest
-            self.loop.call(self._advance)
+        else:
+            self._enter(Phase.IDLE)
+            if self._pending:  # a pipelined request; not called from here, or thousands of them would nest
+                self.loop.call(self._advance)
         self._watch()
 
-    def _end_exchange(self, exchange: Exchange) -> None:
-        self.drop_body()
-        exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
-        self.app.done(exchange)
+    def _end_exchange(self, error: Optional[str] = None) -> None:
+        """The exchange has ended: its answer lets go of the upstream, its record is written."""
+        exchange, self.exchange = self.exchange, None
+        answer, self.answer = self.answer, None
+        if answer:
+            answer.detach()
+        if exchange:
+            if error:
+                exchange.fail(error)
+            self.app.body_bytes -= len(exchange.body)  # which stays: a thread may be sending it
+            exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
+            self.app.done(exchange)
 
     def _shut(self) -> None:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
@@ -3991,19 +3947,14 @@ class ClientConnection:
     def abort(self, code: str) -> None:
         """End an answer that cannot be completed: what came is delivered, then the connection breaks, without the
         last chunk.  A clean end would be taken for a complete answer."""
-        exchange = self.exchange
-        if exchange is None or self.is_closed:
-            return
-        exchange.fail(code)
-        self.exchange, self.answer = None, None
-        self._end_exchange(exchange)
-        if self.is_delimited_by_close:
+        self._end_exchange(code)
+        if self._framing == "close":
             # Only a reset tells such a client that the body is cut.
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._aborted = True
-        if self._out:
+        if self.unsent:
             self._watch()
         else:
             self.close()
@@ -4014,15 +3965,12 @@ class ClientConnection:
             return
         self.is_closed = True
         self.loop.watch(self.sock, 0, self._on_ready)
-        if not (self.exchange or self._aborted or self._out):
+        exchange = self.exchange
+        if not (exchange or self._aborted or self.unsent):
             say_goodbye(self.sock)
         with contextlib.suppress(OSError):
             self.sock.close()
-        self._out.clear()
-        exchange, self.exchange = self.exchange, None
-        answer, self.answer = self.answer, None
-        if answer:
-            answer.cancel()
+        self.unsent.clear()
         if exchange:
             exchange.is_gone = True
             if exchange.record["status"] is None:
@@ -4030,89 +3978,78 @@ class ClientConnection:
             # The page closes its stream as it likes; Codex leaves after the last event, before the end.
             if exchange.usage:
                 exchange.usage.finish()
-            is_whole = isinstance(answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
-            if not is_whole:
-                exchange.fail("client_gone")
-            self._end_exchange(exchange)
-        self._on_close(self)
+            is_whole = isinstance(self.answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
+            self._end_exchange(None if is_whole else "client_gone")
+        self.app.clients.discard(self)
 
     # -- time ------------------------------------------------------------
 
     def await_turn(self, seconds: float) -> None:
         """Ask the targets again after *seconds*: a 429 said so."""
-        self.phase, self.resume_at = Phase.ANSWERING, self.loop.now + seconds
+        self.phase, self.deadline = Phase.ANSWERING, self.loop.now + seconds
 
     def tick(self, now: float) -> None:
-        if now > self._stall_deadline:
+        if self.unsent and now > self._took_at + self.limits.stall_timeout_s:
             if self.exchange:
                 self.exchange.fail("client_stalled")
             self.close()
-        elif now > self.resume_at and self.exchange:
-            self.go_on(self.exchange)
-        elif now > self.deadline and not self._out:  # while it reads an answer, only the stall counts
+        elif now > self.deadline and not self.unsent:  # while it reads an answer, only the stall counts
             self._on_deadline()
         elif self.answer:
             self.answer.tick(now)
 
     def _on_deadline(self) -> None:
         if self.phase in (Phase.HEAD, Phase.BODY):
-            part, limits = self.phase, self.app.state.config.limits
-            limit = limits.header_timeout_s if part == Phase.HEAD else limits.body_timeout_s
-            name = "header_timeout_s" if part == Phase.HEAD else "body_timeout_s"
-            self._refuse(ProxyError("request_timeout", f"no complete {part} within limits.{name} ({limit:g})"))
+            name = READING[self.phase]
+            limit = f"limits.{name} ({getattr(self.limits, name):g})"
+            self.refuse(ProxyError("request_timeout", f"no complete {self.phase} within {limit}"))
+        elif self.phase == Phase.ANSWERING and self.exchange:
+            self.go_on(self.exchange)
         else:
             self.close()
 
     @property
     def is_busy(self) -> bool:
         """Say whether a request is under way or an answer not yet out."""
-        return self.exchange is not None or bool(self._out)
-
-    def refuse(self, error: ProxyError) -> None:
-        """Answer before anything was asked; close where a TLS handshake would have to come before that."""
-        if self._handshaking:
-            self.close()
-            return
-        self.phase = Phase.HEAD
-        self._refuse(error)
+        return self.exchange is not None or bool(self.unsent)
 
     def end_idle(self) -> None:
         """Draining: a connection without a request ends at once."""
-        if self.phase == Phase.IDLE and not self._out:
+        if self.phase == Phase.IDLE and not self.unsent:
             self.close()
         elif self.phase == Phase.HEAD:
             self.refuse(ProxyError("shutting_down", "the proxy is shutting down"))
 
 
 class Answer:
-    """An upstream's answer on its way to the client; one per target that is asked.  Owns the upstream connection."""
+    """An upstream's answer on its way to the client; one per target that is asked.  Owns the upstream connection.
 
-    def __init__(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
-        assert exchange.target is not None
+    Until its head is here, head is NO_ANSWER.  An error is then held back, in _held, until it is complete: another
+    target may do better.  All else is relayed as it comes.
+    """
+
+    def __init__(
+        self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
+    ) -> None:
         self.connection = connection
         self.exchange = exchange
+        self.target = target
         self.upstream: Optional[UpstreamConnection] = upstream
-        self.target: Target = exchange.target
         self.loop = connection.loop
-        self.fleet = connection.app.fleet
-        limits, provider = exchange.state.config.limits, self.target.provider
-        self._idle_s = provider.timeout_s("idle_timeout_s", limits)
-        self._keepalive_s = limits.keepalive_s
-        self._max_head = limits.max_header_bytes
-        self._first_byte_s = provider.timeout_s("first_byte_timeout_s", limits)
-        self._deadline = time.monotonic() + self._first_byte_s
+        self._fleet = connection.app.fleet
+        self._limits = exchange.state.config.limits
+        self._idle_s = target.provider.timeout_s("idle_timeout_s", self._limits)
+        self._first_byte_s = target.provider.timeout_s("first_byte_timeout_s", self._limits)
+        self._deadline = self.loop.now + self._first_byte_s
         self._proxy = upstream.proxy
-        self._secrets = secrets_of((*provider.headers, *exchange.credential), upstream.proxy)
+        self._secrets = secrets_of((*target.provider.headers, *exchange.credential), upstream.proxy)
         self._start = b""  # of the answer, until its head is complete
-        self._head: Optional[AnswerHead] = None
-        self._body: BodyReader = LengthBody(0)
+        self.head = NO_ANSWER
+        self._body = BodyReader()
         self._held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
-        self._is_chunked = False  # towards the client
-        self._is_events = False  # an event stream into which comments may go
-        self._tail = b"\n\n"  # the last bytes sent: whether the stream is between two events
+        self._tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
         self._quiet_since = self._commented_at = self.loop.now
         self._ids: Optional[ResponseIds] = None
-        self._usage: Optional[UsageReader] = None
         connection.answer = self
         connection.phase = Phase.ANSWERING
         self._watch()
@@ -4122,14 +4059,13 @@ class Answer:
     def _watch(self) -> None:
         """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
         if self.upstream:
-            events = 0 if self.connection.out_bytes > HIGH_WATER_BYTES else selectors.EVENT_READ
+            events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else selectors.EVENT_READ
             events |= selectors.EVENT_WRITE if self.upstream.unsent else 0
             self.loop.watch(self.upstream.sock, events, self._on_ready)
 
     def _on_ready(self, events: int) -> None:
         upstream = self.upstream
-        if upstream is None:
-            return
+        assert upstream is not None  # else nothing is watched
         if events & selectors.EVENT_WRITE:
             upstream.send_some()
             self._watch()
@@ -4138,54 +4074,64 @@ class Answer:
         try:
             data = receive(upstream.sock)
         except OSError as error:
-            self._broken(
-                f"{self._host()} broke the connection: {reason_of(error, f'providers.{self.target.provider.name}')}"
-            )
+            self._broken(f"broke the connection: {reason_of(error, f'providers.{self.target.provider.name}')}")
             return
         if data is None:
             return
-        if not data:
-            self._ended()
-            return
         self._quiet_since = self.loop.now
         try:
-            if self._head is None:
-                data = self._read_head(data)
-                if self._head is None:
-                    return
-            self._take(data)
+            if not data:
+                self._ended()
+            elif self.head is NO_ANSWER:
+                self._read_head(data)
+            else:
+                self._take(data)
         except MalformedHTTP as error:
-            self._invalid(UpstreamError("in the answer: " + error.message, "upstream_invalid_response"))
+            self._invalid(error)
 
-    def _read_head(self, data: bytes) -> bytes:
-        """Read the head if it is complete and decide what to do with the answer; return what follows it."""
+    def _read_head(self, data: bytes) -> None:
+        """Read the head once it is complete, and decide what to do with the answer."""
         self._start += data
-        while True:
+        head, limit = NO_ANSWER, self._limits.max_header_bytes
+        while head.status < 200:  # 100, 102 and 103 announce another head
             end = self._start.find(b"\r\n\r\n") + 4
-            if (end if end > 3 else len(self._start)) > self._max_head:
-                raise MalformedHTTP(f"the head is larger than limits.max_header_bytes ({self._max_head})")
+            if (end if end > 3 else len(self._start)) > limit:
+                raise MalformedHTTP(f"the head is larger than limits.max_header_bytes ({limit})")
             if end < 4:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
                     raise MalformedHTTP("this is not HTTP/1.1")
-                return b""
+                return
             head, self._start = read_answer_head(self._start[:end]), self._start[end:]
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
-            if head.status >= 200:  # 100, 102 and 103 announce another head
-                break
         if head.status == 407 and self._proxy:  # it asks us, not the client
             self._failed(wrong_password(self._proxy, self.target.provider))
-            return b""
+            return
         self._body = answer_body(head)
-        self._head = head
+        self.head = head
+        self._learn(head)
         if head.status >= 400:
             self._held = bytearray()
             self._deadline = self.loop.now + HELD_ANSWER_S
         else:
-            self._deadline = math.inf
-            self._commit(head)
+            self._commit(self._body.length if isinstance(self._body, LengthBody) else None)
         rest, self._start = self._start, b""
-        return rest
+        self._take(rest)
+
+    def _learn(self, head: AnswerHead) -> None:
+        """Remember what this head teaches: the target is well or has to rest, where the session lies now, who minted
+        the turn state."""
+        exchange, fleet, target, now = self.exchange, self._fleet, self.target, self.loop.now
+        if head.status in RETRY_STATUSES:
+            fleet.failed(target, now, retry_after_of(head.headers, time.time()))
+            return
+        fleet.succeeded(target)
+        placed = exchange.placed
+        if head.status < 400 and len(placed.targets) > 1:
+            if placed.place:
+                fleet.served(placed.targets, placed.place, placed.plan, target, exchange.tried, now)
+            for state in head.headers.all(TURN_STATE):
+                fleet.owners.put(text_digest(state), target.place, now)
 
     def _take(self, data: bytes) -> None:
         payload = self._body.feed(data)
@@ -4200,91 +4146,74 @@ class Answer:
 
     def _stop_holding(self, why: str) -> None:
         """An error answer cannot be held back any longer: ask the next target, or hand on what is here and relay on."""
-        head, plan = self._head, self.exchange.plan
-        assert head is not None and plan is not None
-        if head.status in self.exchange.passes_on and self.exchange.tried < len(plan.targets):
-            self._failed(UpstreamError(f"the {head.status} of {self._host()} {why}"))
+        exchange, status = self.exchange, self.head.status
+        if status in exchange.placed.passes_on and exchange.tried < len(exchange.placed.plan.targets):
+            self._failed(self._error(f"answered {status}, and the answer {why}"))
+        else:
+            self.hand_on()
+
+    def _end_held(self) -> None:
+        """An error answer is complete: hand it on, unless another target may do better."""
+        exchange, status = self.exchange, self.head.status
+        exchange.last_answer = self
+        if status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
+            exchange.refused, exchange.asks_again = exchange.credential, True  # once more, after a renewal
+        elif status not in exchange.placed.passes_on:
+            self.hand_on()
             return
-        payload, self._held = mask(bytes(self._held or b""), self._secrets), None
-        self._deadline = math.inf
-        self._commit(head)
-        self._forward(payload)
+        self._next_turn(reusable=True)
 
     def _ended(self) -> None:
         """The upstream closed the connection."""
-        if self._head is None:
-            self._broken(f"{self._host()} closed the connection before it answered")
-        elif not self._body.at_end():
-            self._broken(f"{self._host()} closed the connection in the middle of its answer")
-        elif self._held is not None:
-            self._end_held()
-        else:
+        if self._body.at_end():
             self._body.done = True
-            self._forward(b"")
+            self._take(b"")
+        else:
+            when = "before it answered" if self.head is NO_ANSWER else "in the middle of its answer"
+            self._broken(f"closed the connection {when}")
 
-    def _broken(self, reason: str) -> None:
-        upstream = self.upstream
-        if self._head is not None and self._held is None:
-            self._detach(reusable=False)
+    def _broken(self, what: str) -> None:
+        upstream, is_awaited = self.upstream, self.head is NO_ANSWER
+        if not is_awaited and self._held is None:
             self.connection.abort("upstream_closed")
-        elif upstream and upstream.reused and not self._start and self._head is None and not self.exchange.repeated:
+        elif is_awaited and upstream and upstream.reused and not self._start and not self.exchange.was_stale:
             # It was closed while idle, before this request reached it (RFC 9112 9.3.1): once more, on a fresh one.
-            self.exchange.repeat = self.exchange.repeated = True
+            self.exchange.asks_again = self.exchange.was_stale = True
             self._next_turn()
         else:
-            self._failed(UpstreamError(reason))
+            self._failed(self._error(what))
 
-    def _invalid(self, error: UpstreamError) -> None:
+    def _invalid(self, error: MalformedHTTP) -> None:
         """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
-        begun = self.exchange.record["ttfb_ms"] is not None
-        self._detach(reusable=False)
-        if begun:
-            self.connection.abort(error.code)
+        if self.exchange.record["ttfb_ms"] is None:
+            found = UpstreamError("in the answer: " + error.message, "upstream_invalid_response")
+            self.connection.respond_error(found)
         else:
-            self.connection.respond_error(error)
+            self.connection.abort("upstream_invalid_response")
+
+    def _error(self, what: str, code: str = "upstream_connection_error") -> UpstreamError:
+        host = urllib.parse.urlsplit(self.target.base_url).netloc or self.target.base_url
+        return UpstreamError(f"{host}{f' through the proxy {self._proxy.name}' if self._proxy else ''} {what}", code)
 
     def _failed(self, error: ProxyError) -> None:
         self.exchange.last_error = error
-        self.fleet.failed(self.target, self.loop.now)
+        self._fleet.failed(self.target, self.loop.now)
         self._next_turn()
 
     def _next_turn(self, reusable: bool = False) -> None:
         """Back to a handler thread: it asks the next target, or answers."""
-        self._detach(reusable)
-        connection = self.connection
-        connection.answer = None
-        connection.go_on(self.exchange)
+        self.detach(reusable)
+        self.connection.answer = None
+        self.connection.go_on(self.exchange)
 
-    def _end_held(self) -> None:
-        """An error answer is complete: hand it on, unless another target may do better."""
-        head, body = self._head, bytes(self._held or b"")
-        assert head is not None
-        exchange = self.exchange
-        held = exchange.last_answer = HeldAnswer(head, body, self.target, self._secrets)
-        if head.status in RETRY_STATUSES:
-            self.fleet.failed(self.target, self.loop.now, retry_after_of(head.headers, time.time()))
-        else:
-            self.fleet.succeeded(self.target)
-        if head.status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
-            exchange.refused, exchange.repeat = exchange.credential, True  # once more, after a renewal
-            self._next_turn(reusable=True)
-        elif head.status in exchange.passes_on:
-            self._next_turn(reusable=True)
-        else:
-            self._detach(reusable=True)
-            deliver_held(self.connection, held)
-
-    def _host(self) -> str:
-        host = urllib.parse.urlsplit(self.target.base_url).netloc or self.target.base_url
-        return f"{host} through the proxy {self._proxy.name}" if self._proxy else host
-
-    def _detach(self, reusable: bool) -> None:
-        """Let go of the upstream connection: back into the pool if it is at the end of a whole answer."""
+    def detach(self, reusable: bool = False) -> None:
+        """Let go of the upstream connection: back into the pool if it is at the end of a whole answer, else it ends,
+        so that no more tokens are made for a client that has left."""
         upstream, self.upstream = self.upstream, None
         if upstream is None:
             return
         self.loop.watch(upstream.sock, 0, self._on_ready)
-        self.fleet.closed(self.target)
+        self._fleet.closed(self.target)
         if reusable and upstream.whole and not upstream.unsent and self._is_persistent():
             self.exchange.state.transport.release(upstream)
         else:
@@ -4292,61 +4221,56 @@ class Answer:
 
     def _is_persistent(self) -> bool:
         """RFC 9112 9.3, and stricter: surplus bytes are somebody's mistake, so nothing more is read from there."""
-        head = self._head
-        if head is None or self._body.rest or not self._body.done or isinstance(self._body, CloseBody):
+        if self._body.rest or not self._body.done or isinstance(self._body, CloseBody):
             return False
-        options = head.headers.tokens("connection")
-        return "close" not in options and (head.version == 1 or "keep-alive" in options)
-
-    def cancel(self) -> None:
-        """The client has left: so that no more tokens are made for it, the upstream connection ends now."""
-        self._detach(reusable=False)
+        options = self.head.headers.tokens("connection")
+        return "close" not in options and (self.head.version == 1 or "keep-alive" in options)
 
     # -- the client's side -----------------------------------------------
 
-    def _commit(self, head: AnswerHead) -> None:
+    def hand_on(self) -> None:
+        """Relay the error answer that was held back, as it is but for our credentials in it."""
+        if self.connection.exchange is self.exchange and self._held is not None:
+            payload, self._held = mask(bytes(self._held), self._secrets), None
+            length = self._body.length if isinstance(self._body, LengthBody) else None
+            self._commit(len(payload) if self._body.done else length)
+            self._forward(payload)
+
+    def _commit(self, length: Optional[int]) -> None:
         """The answer goes to the client: from here on there is no other target."""
-        connection, exchange = self.connection, self.exchange
-        note_success(self.fleet, exchange, self.target, head, self.loop.now)
-        connection.drop_body()
-        fields = masked_fields(answer_fields(head, exchange.renamed), self._secrets)
-        is_stream = is_event_stream(head.headers)
-        exchange.record["stream"] = is_stream
-        if isinstance(self._body, LengthBody):
-            if head.status not in (204, 304):
-                fields.append(("Content-Length", str(self._body.length)))
-        else:
-            self._is_events = is_stream and head.headers.get("content-encoding") is None
-            if exchange.head is not None and exchange.head.version == 1:
-                self._is_chunked = True
-                fields.append(("Transfer-Encoding", "chunked"))
-            else:
-                connection.is_delimited_by_close = connection.closing = True
+        connection, exchange, head = self.connection, self.exchange, self.head
+        self._deadline = math.inf
+        connection.app.body_bytes -= len(exchange.body)
+        exchange.body = bytearray()
+        is_stream, is_encoded = is_event_stream(head.headers), head.headers.get("content-encoding") is not None
+        if head.status < 400:
+            exchange.record["stream"] = is_stream
+        if is_stream and not is_encoded and length is None:
+            self._tail = b"\n\n"
         if exchange.state.has_places and head.status < 300:
             self._ids = ResponseIds()
-        self._usage = exchange.usage = usage_reader(exchange, head)
-        connection.begin_answer(head.status, fields, mask_text(head.reason, self._secrets))
+        if exchange.route.action == "forward" and not is_encoded:  # else it was counted when it was made
+            exchange.usage = UsageReader(is_stream)
+        fields = answer_fields(head, exchange.placed.renamed(self.target))
+        text = "\n".join([head.reason, *[value for _, value in fields]])  # at once: hardly any answer has a secret
+        masked = mask(text.encode("latin-1"), self._secrets).decode("latin-1").split("\n")
+        fields = [(name, value) for (name, _), value in zip(fields, masked[1:])]
+        connection.begin_answer(head.status, masked[0], fields, length)
 
     def _forward(self, payload: bytes) -> None:
-        """Pass on one read's payload, and the end of the body with it."""
-        wire = payload
-        if self._is_chunked:
-            if payload:
-                wire = b"%x\r\n%b\r\n" % (len(payload), payload)
-            if self._body.done:
-                wire += b"0\r\n\r\n"
-        if self._is_events and payload:
+        """Pass on one read's payload, and the end of the body with it; what is read of it is read afterwards."""
+        connection, exchange, done = self.connection, self.exchange, self._body.done
+        connection.send_payload(payload, done)
+        if self._tail is not None:
             self._tail = (self._tail + payload[-4:])[-4:]
-        if self._ids and payload and self._ids.feed(payload) and self._ids.found:
-            self.fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
-        connection = self.connection
-        connection.send_payload(wire, len(payload))
-        if self._usage:
-            self._usage.feed(payload)
-        if self._body.done:
-            self._detach(reusable=True)
+        if self._ids and self._ids.feed(payload) and self._ids.found:
+            self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
+        if exchange.usage:
+            exchange.usage.feed(payload)
+        if done:
+            self.detach(reusable=True)
             connection.finish()
-        elif connection.out_bytes > HIGH_WATER_BYTES:
+        elif len(connection.unsent) > HIGH_WATER_BYTES:
             self._watch()
 
     def resume(self) -> None:
@@ -4355,31 +4279,21 @@ class Answer:
         self._watch()
 
     def tick(self, now: float) -> None:
-        connection = self.connection
-        if self.upstream is None:
+        connection, keepalive_s = self.connection, self._limits.keepalive_s
+        silent_s = now - max(self._quiet_since, self._commented_at)
+        if now > self._deadline and self._held is not None:
+            self._stop_holding("does not end")
+        elif now > self._deadline:
+            what = f"sent no answer within first_byte_timeout_s ({self._first_byte_s:g})"
+            self._failed(self._error(what, "upstream_timeout"))
+        elif self._deadline < math.inf or connection.unsent:
             return
-        if now > self._deadline:
-            if self._held is None:
-                reason = f"{self._host()} sent no answer within first_byte_timeout_s ({self._first_byte_s:g})"
-                self._failed(UpstreamError(reason, "upstream_timeout"))
-            else:
-                self._stop_holding("does not end")
-        elif self._head is None or connection.out_bytes:
-            return
-        elif now - self._quiet_since > self._idle_s and self._held is None:
-            self._detach(reusable=False)
+        elif now - self._quiet_since > self._idle_s:
             connection.abort("upstream_timeout")
-        elif self._is_events and self._keepalive_s and now - self._quiet_since > 0:
-            self._keep_alive(now)
-
-    def _keep_alive(self, now: float) -> None:
-        """Send a comment into a silent event stream, between two events, so that idle timeouts on the way rest."""
-        if now - max(self._quiet_since, self._commented_at) < self._keepalive_s:
-            return
-        if self._tail.endswith((b"\n\n", b"\r\n\r\n")):
+        elif self._tail and self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < keepalive_s <= silent_s:
+            # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.
             self._commented_at = now
-            comment = b": keepalive\n\n"
-            self.connection.send_payload(b"%x\r\n%b\r\n" % (len(comment), comment) if self._is_chunked else comment, 0)
+            connection.send(connection.framed(b": keepalive\n\n"))
 
 
 class Feed:
@@ -4394,45 +4308,31 @@ class Feed:
         connection.phase = Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
-        self._is_chunked = exchange.head is not None and exchange.head.version == 1
-        if self._is_chunked:
-            fields.append(("Transfer-Encoding", "chunked"))
-        connection.begin_answer(200, fields)
+        connection.begin_answer(200, "OK", fields)
         self.tick(connection.loop.now)
 
     def tick(self, now: float) -> None:
         connection = self._connection
         if connection.app.is_draining():
-            self._send(b"")
+            connection.send_payload(b"", is_last=True)
             connection.finish()
-        elif (
-            now >= self._next and not connection.out_bytes
-        ):  # read too slowly: nothing more, and the stall limit counts
+        elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts
             self._next = now + FEED_S
             status = self._render()
             if status != self._last:
-                self._send(b"event: status\ndata: " + render_json({**status, "now": time.time()}) + b"\n")
+                event = b"event: status\ndata: " + render_json({**status, "now": time.time()}) + b"\n"
             elif now - self._said_at > FEED_COMMENT_S:
-                self._send(b": nothing new\n\n")
+                event = b": nothing new\n\n"
             else:
                 return
+            connection.send_payload(event)
             self._last, self._said_at = status, now
-
-    def _send(self, event: bytes) -> None:
-        self._connection.send_payload(b"%x\r\n%b\r\n" % (len(event), event) if self._is_chunked else event, len(event))
 
     def resume(self) -> None:
         """What was kept for the page has been read: the next tick goes on."""
 
-    def cancel(self) -> None:
+    def detach(self) -> None:
         """The page has gone: nothing else is held."""
-
-
-def usage_reader(exchange: Exchange, head: AnswerHead) -> Optional[UsageReader]:
-    """Return a reader for this answer; None if it is encoded, or what it counts was counted when it was made."""
-    if head.headers.get("content-encoding") or exchange.route is None or exchange.route.action != "forward":
-        return None
-    return UsageReader(is_event_stream(head.headers))
 
 
 def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[bytes, ...]:
@@ -4443,43 +4343,8 @@ def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[
     return tuple(value for value in (*values, password) if len(value) >= 4)
 
 
-def mask_text(text: str, secrets_sent: Sequence[bytes]) -> str:
-    return mask(text.encode("latin-1"), secrets_sent).decode("latin-1")
-
-
-def masked_fields(fields: List[Field], secrets_sent: Sequence[bytes]) -> List[Field]:
-    values = "\n".join([value for _, value in fields])  # at once: each answer passes here, and hardly any has one
-    masked = mask_text(values, secrets_sent).split("\n")
-    return [(name, value) for (name, _), value in zip(fields, masked)]
-
-
-def deliver_held(connection: ClientConnection, held: HeldAnswer) -> None:
-    """Send an upstream's error answer as it was, but for our credential in it."""
-    exchange = connection.exchange
-    if exchange is None:
-        return
-    exchange.usage = usage_reader(exchange, held.head)
-    if exchange.usage:
-        exchange.usage.feed(held.body)
-    fields = masked_fields(answer_fields(held.head, exchange.renamed), held.secrets)
-    body, reason = mask(held.body, held.secrets), mask_text(held.head.reason, held.secrets)
-    connection.respond(held.head.status, fields, body, reason)
-
-
-def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerHead, now: float) -> None:
-    """Remember what this answer teaches: the target is well, where the session lies now, who minted the turn state."""
-    fleet.succeeded(target)
-    plan = exchange.plan
-    if plan is None or len(exchange.targets) == 1:
-        return
-    if exchange.place:
-        fleet.served(exchange.targets, exchange.place, plan, target, exchange.tried, now)
-    for state in head.headers.all(TURN_STATE):
-        fleet.owners.put(text_digest(state), target.place, now)
-
-
 # ---------------------------------------------------------------------------
-# 11  Handler -- admit, Handler: one turn of one request, in a thread: route, key, JSON, policy, placement, connect.
+# 11  Handler -- admit, place, Handler: a turn of a request, in a thread: route, key, JSON, policy, placement, connect.
 #     Every ProxyError ends here (or in room 10, for what cannot be read) as an answer.
 # ---------------------------------------------------------------------------
 
@@ -4487,7 +4352,6 @@ def note_success(fleet: Fleet, exchange: Exchange, target: Target, head: AnswerH
 def admit(exchange: Exchange) -> None:
     """Set the route and identity of *exchange* from its head; ProxyError refuses it before its body is read."""
     head, config = exchange.head, exchange.state.config
-    assert head is not None
     route = exchange.route = route_of(head)
     exchange.record["route"] = route.name
     if route.action == "websocket":
@@ -4508,6 +4372,97 @@ def admit(exchange: Exchange) -> None:
         raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
 
 
+def place(exchange: Exchange, fleet: Fleet, now: float) -> Placed:
+    """Read the body as far as routing needs it, and plan which targets are asked."""
+    state, route, headers = exchange.state, exchange.route, exchange.head.headers.end_to_end()
+    encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
+    raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
+    body = None if raw is None else parse_json_body(raw)
+    members = body.members if body else {}
+    model = model_of(exchange, members) if body else None
+    targets = only_choice(exchange) if model is None else state.targets(model, route.api)
+    if not targets:
+        is_known = model in model_list(state.config)
+        raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
+    plan = Plan(targets, "only", targets[0].id)
+    placed = Placed(headers, session_of(headers, members), targets, plan, model, cache_key(members), body)
+    if len(targets) > 1:
+        placed = choose(placed, fleet, now, limits.pin_idle_s)
+    is_direct = model is not None and model.startswith("direct/") and model not in state.config.models
+    if is_direct and placed.plan.reason in ("only", "rendezvous"):
+        placed = placed._replace(plan=placed.plan._replace(reason="direct"))
+    return placed
+
+
+def choose(placed: Placed, fleet: Fleet, now: float, pin_idle_s: float) -> Placed:
+    """Plan for several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
+    members = placed.body.members if placed.body else {}
+    issued, owner, turn_owner = members.get("previous_response_id"), None, None
+    if isinstance(issued, str):
+        owner = fleet.owners.get(text_digest(issued), now)
+    for state in placed.headers.all(TURN_STATE):
+        turn_owner = fleet.owners.get(text_digest(state), now)
+    by = place_of(placed.session.value, members, placed.model)
+    bound = placed.body is not None and is_bound(placed.body)
+    plan = fleet.plan(placed.targets, by, now, pin_idle_s, owner=owner or turn_owner, bound=bound)
+    if placed.session.value is None and plan.reason == "rendezvous":
+        plan = plan._replace(reason="fingerprint")
+    return placed._replace(plan=plan, place=by, turn_owner=turn_owner)
+
+
+def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> Placed:
+    """Plan for a request about an earlier response: its owner, else every upstream in order until one knows it."""
+    headers = exchange.head.headers.end_to_end()
+    places = places_of(exchange.state.config, exchange.identity.models)
+    if not places:
+        raise ProxyError("not_found", "no upstream that this key may use keeps responses")
+    owner = fleet.owners.get(text_digest(exchange.route.id), now)
+    owners = tuple(target for target in places if target.place == owner)
+    targets = owners or places
+    passes_on = frozenset({404} if len(targets) > 1 else ())
+    reason = "owner" if owners else "only" if len(places) == 1 else ""
+    return Placed(headers, session_of(headers, {}), targets, Plan(targets, reason, ""), passes_on=passes_on)
+
+
+def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
+    """Return the targets for a body that cannot be read, if its model changes nothing about them."""
+    config, api = exchange.state.config, exchange.route.api
+    providers = [p for p in config.providers.values() if p.enabled and api in p.api_base_url]
+    if len(providers) == 1 and not config.models and exchange.identity.models is None:
+        return tuple(Target(providers[0], url, "") for url in providers[0].api_base_url[api])
+    raise ProxyError(
+        "unsupported_content_encoding",
+        f"the Content-Encoding {describe(exchange.head.headers.get('content-encoding'))} cannot be read here, and the "
+        "model in the body decides where it goes; send it uncompressed (Codex: --disable enable_request_compression)",
+        fields=[("Accept-Encoding", f"gzip, deflate{', zstd' if load_zstd() else ''}, identity")],
+    )
+
+
+def model_of(exchange: Exchange, members: Mapping[str, Any]) -> str:
+    """Return the model in the body's *members*, if this key may use it."""
+    model, allowed = members.get("model"), exchange.identity.models
+    if not isinstance(model, str):
+        found = "is missing" if "model" not in members else f"is {describe(model)}"
+        raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
+    if allowed is not None and model not in allowed:
+        if not is_served(exchange.state.config, model):
+            raise no_such_model(exchange, model)
+        message = f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}"
+        raise ProxyError("model_not_allowed", message, param="model")
+    return model
+
+
+def usable_models(exchange: Exchange) -> List[str]:
+    """Return the names that the client's key may use."""
+    allowed = exchange.identity.models
+    return model_list(exchange.state.config) if allowed is None else list(allowed)
+
+
+def no_such_model(exchange: Exchange, name: str, why: str = "") -> ProxyError:
+    why = why or f"does not exist here; there are: {', '.join(usable_models(exchange)) or 'none'}"
+    return ProxyError("model_not_found", f"the model {describe(name)} {why}", param="model")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """A turn of an exchange.  The loop has read the request, so the base class' reader and writer stay unused."""
 
@@ -4522,13 +4477,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        route = self.exchange.route
-        assert route is not None
         try:
-            if route.is_forwarded:
-                self.forward(route)
-            else:
-                getattr(self, "do_" + route.action)(route)
+            getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
             self.server.loop.call(self.connection.respond_error, error)
         except ClientGone:  # the loop saw it first, and has written the record
@@ -4537,223 +4487,100 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, value: Any) -> None:
         self.server.loop.call(self.connection.respond, 200, own_fields(), render_json(value))
 
-    def do_health(self, route: Route) -> None:
+    def do_health(self) -> None:
         self.answer({"status": "ok"})
 
-    def do_page(self, route: Route) -> None:
+    def do_page(self) -> None:
         self.server.loop.call(self.connection.respond, 200, *self.server.page)
 
-    def do_ticket(self, route: Route) -> None:
+    def do_ticket(self) -> None:
         expires = int(time.time()) + TICKET_S
         ticket = make_ticket(self.exchange.state.ticket_secret, self.exchange.identity.name, expires)
         self.answer({"ticket": ticket, "expires_in": TICKET_S})
 
-    def do_metrics(self, route: Route) -> None:
+    def do_metrics(self) -> None:
         self.server.loop.call(self.server.answer_metrics, self.connection)
 
-    def do_status(self, route: Route) -> None:
+    def do_status(self) -> None:
         self.server.loop.call(self.server.attach_feed, self.connection, self.exchange)
 
-    def do_models(self, route: Route) -> None:
-        self.answer(self.models(route))
-
-    def usable_models(self) -> List[str]:
-        """Return the names that this key may use."""
-        allowed = self.exchange.identity.models
-        names = model_list(self.exchange.state.config)
-        return names if allowed is None else list(allowed)
-
-    def models(self, route: Route) -> Dict[str, Any]:
-        """Return OpenAI's list of models, or one of it."""
-        config = self.exchange.state.config
-        entries = []
-        for name in self.usable_models():
+    def do_models(self) -> None:
+        """Answer with OpenAI's list of models, or one of it."""
+        config, entries = self.exchange.state.config, {}
+        for name in usable_models(self.exchange):
             targets = targets_of(config, name, "responses") or targets_of(config, name, "chat")
             owner = targets[0].provider.name
-            entries.append({"id": name, "object": "model", "created": self.server.started, "owned_by": owner})
-        if not route.id:
-            return {"object": "list", "data": entries}
-        wanted = urllib.parse.unquote(route.id)
-        for entry in entries:
-            if entry["id"] == wanted:
-                return entry
-        raise self.unknown_model(wanted)
-
-    def unknown_model(self, name: str) -> ProxyError:
-        names = ", ".join(self.usable_models()) or "none"
-        return ProxyError(
-            "model_not_found", f"the model {describe(name)} does not exist here; there are: {names}", param="model"
-        )
+            entries[name] = {"id": name, "object": "model", "created": self.server.started, "owned_by": owner}
+        wanted = urllib.parse.unquote(self.exchange.route.id)
+        if not wanted:
+            self.answer({"object": "list", "data": list(entries.values())})
+        elif wanted in entries:
+            self.answer(entries[wanted])
+        else:
+            raise no_such_model(self.exchange, wanted)
 
     # -- the main job ----------------------------------------------------
 
-    def forward(self, route: Route) -> None:
+    def do_forward(self) -> None:
         """Ask the next target; hand the connection on which it will answer to the loop."""
         exchange = self.exchange
-        if exchange.plan is None:
-            if route.action == "stored":
-                self.place_stored(route)
-            else:
-                self.place(route)
-        while True:
-            if exchange.is_gone:
-                raise ClientGone
+        if exchange.placed is NOT_PLACED:
+            find = place_stored if exchange.route.action == "stored" else place
+            exchange.placed = find(exchange, self.fleet, time.monotonic())
+            session, model = exchange.placed.session, exchange.placed.model
+            exchange.record.update(session=session.digest, session_source=session.source)
+            exchange.record.update(model=model and model[:MAX_NAME_CHARS])
+            exchange.record.update(placement=exchange.placed.plan.reason or None)
+        while not exchange.is_gone:
             target = self.next_target()
             if target is None:
                 self.give_up()
                 return
             try:
-                request = self.outbound_request(route, target)
+                request = self.outbound_request(target)
                 upstream = request and exchange.state.transport.send(request)
-                if upstream is None:  # in the loop, where nothing may wait: the same again in a thread
-                    exchange.asks_again = True
-                    self.fleet.closed(target)
-                    self.server.give_to_thread(self.request)
-                    return
             except UpstreamError as error:
                 self.fleet.closed(target)
                 self.fleet.failed(target, time.monotonic())
                 exchange.last_error = error
+                continue
             except BaseException:
                 self.fleet.closed(target)
                 raise
-            else:
-                if exchange.members is not None:  # the upstream has its request: now there is time for this
-                    exchange.prefix, exchange.members = prefix_of(exchange.members), None
-                self.server.loop.call(self.server.attach, self.connection, exchange, upstream)
-                return
+            if upstream:
+                self.after_sending()
+                self.server.loop.call(self.server.attach, self.connection, exchange, target, upstream)
+            else:  # in the loop, where nothing may wait: the same again in a thread
+                exchange.asks_again = True
+                self.fleet.closed(target)
+                self.server.give_to_thread(self.request)
+            return
 
-    def place(self, route: Route) -> None:
-        """Read the body as far as routing needs it, and plan which targets are asked."""
-        exchange, config = self.exchange, self.exchange.state.config
-        assert exchange.head is not None
-        headers = exchange.headers = exchange.head.headers.end_to_end()
-        body = self.parse_body(headers, config.limits)
-        if body is None:
-            model, members = None, {}
-            targets = self.only_choice(route, headers)
-        else:
-            members = body.members
-            model = self.model_of(members)
-            targets = exchange.state.targets(model, route.api)
-            if not targets:
-                if model in model_list(config):
-                    raise ProxyError(
-                        "model_not_found", f"the model {describe(model)} is not served at {route.name}", param="model"
-                    )
-                raise self.unknown_model(model)
-        exchange.model = model
-        exchange.session = session_of(headers, members)
-        exchange.cache_key = cache_key(members)
-        name = model and model[:MAX_NAME_CHARS]
-        exchange.record.update(model=name, session=exchange.session.digest, session_source=exchange.session.source)
-        if body is not None and exchange.session.value is not None:
-            exchange.members = members
-        exchange.targets = targets
-        if any(target.model != model for target in targets):
-            exchange.body_json = body
-        if len(targets) == 1:
-            exchange.plan = plan_targets(targets, "", Snapshot({}, frozenset()))
-        else:
-            exchange.plan = self.plan(members, body)
-        reason = exchange.plan.reason
-        if model and model.startswith("direct/") and reason in ("only", "rendezvous") and model not in config.models:
-            reason = "direct"
-        exchange.record["placement"] = reason
+    do_stored = do_forward
 
-    def plan(self, members: Mapping[str, Any], body: Optional[JsonBody]) -> Plan:
-        """Choose among several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
-        exchange, now = self.exchange, time.monotonic()
-        owners = self.fleet.owners
-        issued = members.get("previous_response_id")
-        if isinstance(issued, str):
-            exchange.owner = owners.get(text_digest(issued), now)
-        for state in exchange.headers.all(TURN_STATE):
-            exchange.turn_owner = owners.get(text_digest(state), now)
-        value = exchange.session.value
-        exchange.place = place_of(value, members, exchange.model)
-        plan = self.fleet.plan(
-            exchange.targets,
-            exchange.place,
-            now,
-            exchange.state.config.limits.pin_idle_s,
-            owner=exchange.owner or exchange.turn_owner,
-            bound=body is not None and is_bound(body),
-        )
-        if value is None and plan.reason == "rendezvous":
-            plan = plan._replace(reason="fingerprint")
-        return plan
-
-    def parse_body(self, headers: Headers, limits: Limits) -> Optional[JsonBody]:
-        """Return the JSON body, None if its encoding cannot be read here."""
-        encoding = ", ".join(headers.tokens("content-encoding"))
-        raw = decode_content(self.exchange.body, encoding, limits.max_body_bytes, load_zstd)
-        return None if raw is None else parse_json_body(raw)
-
-    def model_of(self, members: Mapping[str, Any]) -> str:
-        model, allowed = members.get("model"), self.exchange.identity.models
-        if not isinstance(model, str):
-            found = "is missing" if "model" not in members else f"is {describe(model)}"
-            raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
-        if allowed is not None and model not in allowed:
-            if not is_served(self.exchange.state.config, model):
-                raise self.unknown_model(model)
-            raise ProxyError(
-                "model_not_allowed",
-                f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}",
-                param="model",
-            )
-        return model
-
-    def only_choice(self, route: Route, headers: Headers) -> Tuple[Target, ...]:
-        """Return the targets for a body that cannot be read, if its model changes nothing about them."""
-        config = self.exchange.state.config
-        providers = [p for p in config.providers.values() if p.enabled and route.api in p.api_base_url]
-        if len(providers) == 1 and not config.models and self.exchange.identity.models is None:
-            return tuple(Target(providers[0], url, "") for url in providers[0].api_base_url[route.api])
-        raise ProxyError(
-            "unsupported_content_encoding",
-            f"the Content-Encoding {describe(headers.get('content-encoding'))} cannot be read here, and the model in "
-            "the body decides where it goes; send it uncompressed (Codex: --disable enable_request_compression)",
-            fields=[("Accept-Encoding", f"gzip, deflate{', zstd' if load_zstd() else ''}, identity")],
-        )
-
-    def place_stored(self, route: Route) -> None:
-        """Plan for a request about an earlier response: its owner, else every upstream in order until one knows it."""
-        exchange = self.exchange
-        assert exchange.head is not None
-        exchange.headers = exchange.head.headers.end_to_end()
-        exchange.session = session_of(exchange.headers, {})
-        exchange.record.update(session=exchange.session.digest, session_source=exchange.session.source)
-        places = places_of(exchange.state.config, exchange.identity.models)
-        if not places:
-            raise ProxyError("not_found", "no upstream that this key may use keeps responses")
-        owner = self.fleet.owners.get(text_digest(route.id), time.monotonic())
-        owners = tuple(target for target in places if target.place == owner)
-        exchange.targets = owners or places
-        reason = "owner" if owners else "only" if len(places) == 1 else None
-        exchange.plan = Plan(exchange.targets, reason or "", "")
-        exchange.passes_on = frozenset() if len(exchange.targets) == 1 else frozenset({404})
-        exchange.record["placement"] = reason
+    def after_sending(self) -> None:
+        """The upstream has its request: now there is time to take digests of the body, and to forget it."""
+        exchange, placed = self.exchange, self.exchange.placed
+        if placed.body and placed.session.value is not None:
+            exchange.prefix = prefix_of(placed.body.members)
+        if all(target.model == placed.model for target in placed.targets):
+            exchange.placed = placed._replace(body=None)
 
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
-        exchange = self.exchange
-        assert exchange.plan is not None
-        if exchange.repeat or exchange.asks_again:
-            target, exchange.asks_again = exchange.target, False
-        elif exchange.tried < len(exchange.plan.targets):
-            if exchange.tried and exchange.target is not None:
-                exchange.left.append(exchange.target.provider.name)
-            target = exchange.plan.targets[exchange.tried]
+        exchange, placed = self.exchange, self.exchange.placed
+        target = exchange.target
+        if not exchange.asks_again:
+            if exchange.tried == len(placed.plan.targets):
+                return None
+            if exchange.tried and target:
+                exchange.left.append(target.provider.name)
+            target = placed.plan.targets[exchange.tried]
             exchange.tried += 1
-            exchange.repeated, exchange.refused = False, ()
+            exchange.was_stale, exchange.refused = False, ()
             exchange.record["attempts"] += 1
-        else:
-            return None
         assert target is not None
-        exchange.target = target
-        exchange.renamed = (exchange.model, target.model) if exchange.model not in (None, target.model) else None
+        exchange.asks_again, exchange.target = False, target
         exchange.record.update(
             provider=target.provider.name,
             target=target.base_url,
@@ -4762,52 +4589,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fleet.opened(target)
         return target
 
-    def outbound_request(self, route: Route, target: Target) -> Optional[OutboundRequest]:
+    def outbound_request(self, target: Target) -> Optional[OutboundRequest]:
         """Return what *target* is asked; None if its credential takes time, in the loop."""
-        exchange = self.exchange
-        assert exchange.head is not None
-        renamed = exchange.renamed is not None and exchange.body_json is not None
-        if exchange.turn_owner is not None:
-            keep_turn_state = exchange.turn_owner == target.place
-        else:  # of unknown origin: it can only be from here if there is nowhere else
-            keep_turn_state = len({t.provider.account_name() for t in exchange.targets}) == 1
+        exchange, placed, head = self.exchange, self.exchange.placed, self.exchange.head
         may_wait = not self.server.loop.is_this_thread()
         credential = exchange.state.credentials.fields(target.provider, exchange.refused, may_wait)
         if credential is None:
             return None
         exchange.credential = credential
+        if placed.turn_owner is not None:
+            keep_turn_state = placed.turn_owner == target.place
+        else:  # of unknown origin: it can only be from here if there is nowhere else
+            keep_turn_state = len({t.provider.account_name() for t in placed.targets}) == 1
+        body: Union[bytes, bytearray, None] = exchange.body if head.method == "POST" else None
+        is_edited = placed.body is not None and placed.renamed(target) is not None
+        if placed.body and is_edited:
+            body = replace_model(placed.body, target.model)
         fields = outbound_fields(
-            exchange.headers,
+            placed.headers,
             target.provider,
-            exchange.session,
-            exchange.cache_key,
-            credential=exchange.credential,
+            placed.session,
+            placed.cache_key,
+            credential=credential,
             keep_turn_state=keep_turn_state,
-            keep_encoding=not renamed,
+            keep_encoding=not is_edited,
             key_fields=exchange.identity.fields,
         )
-        body: Union[bytes, bytearray, None] = None
-        if renamed and exchange.body_json is not None:
-            body = replace_model(exchange.body_json, target.model)
-        elif exchange.head.method == "POST":
-            body = exchange.body
-        fresh = exchange.repeat
-        exchange.repeat = fresh and not may_wait
-        return OutboundRequest(
-            target,
-            route.path + exchange.head.query,
-            exchange.head.method,
-            fields,
-            body,
-            lambda: exchange.is_gone,
-            fresh,
-            may_wait,
-        )
+        path, is_again = exchange.route.path + head.query, exchange.was_stale or bool(exchange.refused)
+        return OutboundRequest(target, path, head.method, fields, body, lambda: exchange.is_gone, is_again, may_wait)
 
     def give_up(self) -> None:
         """No target is left: wait if a 429 may pass, else answer as the last one did that answered at all."""
-        exchange, loop = self.exchange, self.server.loop
-        held = exchange.last_answer
+        exchange, loop, held = self.exchange, self.server.loop, self.exchange.last_answer
         if held is None:
             raise exchange.last_error
         if held.head.status == 429:
@@ -4818,7 +4631,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 exchange.tried = 0
                 loop.call(self.connection.await_turn, pause)
                 return
-        loop.call(deliver_held, self.connection, held)
+        loop.call(held.hand_on)
 
 
 # ---------------------------------------------------------------------------
@@ -4994,7 +4807,7 @@ def process_figures() -> Dict[str, float]:
     return figures
 
 
-class Server(http.server.ThreadingHTTPServer, Application):
+class Server(http.server.ThreadingHTTPServer):
     """The listening socket, the loop, the clients, and a thread for each turn of a request."""
 
     daemon_threads = True
@@ -5026,8 +4839,8 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self._handlers_lock = threading.Lock()  # protects _handlers and _spare
         self._handlers = 0  # threads; not _threads, which ThreadingMixIn has
         self._spare = 0  # threads without a turn; below 0, turns without a thread
-        self._budget = Budget()
-        self._clients: Set[ClientConnection] = set()
+        self.body_bytes = 0
+        self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
         self._draining = False
         self._drain_deadline = math.inf
@@ -5054,7 +4867,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
         try:
             self.loop.run()
         finally:
-            for client in list(self._clients):
+            for client in list(self.clients):
                 client.close()
             self.server_close()
             self.state.transport.close()
@@ -5070,7 +4883,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
         """Handle a small request at once, here in the loop, as long as nothing has to be waited for: the way to a
         thread and back costs more than the rest of it.  Any other gets a thread."""
         turn: Any = (exchange, connection)
-        is_encoded = exchange.head is not None and exchange.head.headers.get("content-encoding")
+        is_encoded = exchange.head.headers.get("content-encoding")
         if len(exchange.body) <= SMALL_TURN_BYTES and not is_encoded:
             self.process_request_thread(turn, connection.peer)
         else:
@@ -5099,7 +4912,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""
-        record, session, target = exchange.record, exchange.session.value, exchange.target
+        record, session, target = exchange.record, exchange.placed.session.value, exchange.target
         usage.finish()
         record.update(usage.tokens)
         if usage.error:
@@ -5120,7 +4933,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
     def _measure(self) -> None:
         """Put into the tally what is true now: requests under way, resting targets, figures of the process."""
         tally, config, now = self.tally, self.state.config, self.loop.now
-        exchanges = (client.exchange for client in self._clients)
+        exchanges = (client.exchange for client in self.clients)
         busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
         resting = self.fleet.resting(now)
         tally.open = {}
@@ -5221,17 +5034,17 @@ class Server(http.server.ThreadingHTTPServer, Application):
         if isinstance(owner, ClientConnection):
             owner.close()
 
-    def attach(self, connection: ClientConnection, exchange: Exchange, upstream: UpstreamConnection) -> None:
+    def attach(
+        self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
+    ) -> None:
         """In the loop: relay the answer that will come on *upstream*, unless the client has left meanwhile."""
-        if exchange.target:
-            reused = "true" if upstream.reused else "false"
-            self.tally.count("plexus_upstream_connections_total", (exchange.target.provider.name, reused))
+        reused = "true" if upstream.reused else "false"
+        self.tally.count("plexus_upstream_connections_total", (target.provider.name, reused))
         if connection.exchange is exchange:
-            Answer(connection, exchange, upstream)
+            Answer(connection, exchange, target, upstream)
         else:
             upstream.close()
-            if exchange.target:
-                self.fleet.closed(exchange.target)
+            self.fleet.closed(target)
 
     # -- clients ---------------------------------------------------------
 
@@ -5260,20 +5073,20 @@ class Server(http.server.ThreadingHTTPServer, Application):
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         limit = self.state.config.limits.max_connections
-        client = ClientConnection(self.loop, self, self._budget, sock, peer, self._clients.discard)
-        if len(self._clients) >= limit:
+        client = ClientConnection(self, sock, peer)
+        if len(self.clients) >= limit:
             # One whose last answer is out gives way, or the one idle longest, as in nginx: its client opens another.
             idle = [
-                other for other in self._clients if other.phase in (Phase.IDLE, Phase.LINGERING) and not other.is_busy
+                other for other in self.clients if other.phase in (Phase.IDLE, Phase.LINGERING) and not other.is_busy
             ]
             if idle:
                 min(idle, key=lambda other: (other.phase != Phase.LINGERING, other.idle_since)).close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
-        self._clients.add(client)
+        self.clients.add(client)
 
     def _tick(self, now: float) -> None:
-        for client in list(self._clients):
+        for client in list(self.clients):
             self.loop.guard(client.tick, now)
         self.state.transport.expire(now)
         if self._shared.board.workers > 1:
@@ -5288,7 +5101,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self._stop_if_drained()
 
     def _stop_if_drained(self) -> None:
-        if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self._clients)):
+        if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
             self.loop.stop()
 
     # -- signals ---------------------------------------------------------
@@ -5328,7 +5141,7 @@ class Server(http.server.ThreadingHTTPServer, Application):
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
         self.loop.watch(self.socket, 0, self._accept)
         self.socket.close()
-        for client in list(self._clients):
+        for client in list(self.clients):
             client.end_idle()
         self._stop_if_drained()
 

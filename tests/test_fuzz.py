@@ -26,7 +26,7 @@ import time
 import tracemalloc
 import unittest
 import zlib
-from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import plexus_lite
 from tests.support import store_zstd
@@ -491,7 +491,7 @@ class BenchTransport:
         self.released.append(connection)
 
 
-class Bench(plexus_lite.Application):
+class Bench:
     """A client's connection; each request is answered by *respond*, later."""
 
     def __init__(self, respond: Callable[["Bench", Any, Any], None]) -> None:
@@ -500,15 +500,15 @@ class Bench(plexus_lite.Application):
         credentials = plexus_lite.Credentials(CONFIG, "", transport)
         self.state = plexus_lite.State(CONFIG, transport, {}, True, b"ticket secret", credentials)
         self.fleet = plexus_lite.Fleet()
-        self.loop = BenchLoop()
+        self.loop: plexus_lite.Loop = BenchLoop()
         self.respond = respond
         self.requests: List[Request] = []
         self.records: List[Dict[str, Any]] = []
+        self.clients: Set[plexus_lite.ClientConnection] = set()
+        self.body_bytes = 0
         self.sock = BenchSocket()
         sock: Any = self.sock
-        self.client = plexus_lite.ClientConnection(
-            self.loop, self, plexus_lite.Budget(), sock, "127.0.0.1", lambda connection: None
-        )
+        self.client = plexus_lite.ClientConnection(self, sock, "127.0.0.1")
 
     def admit(self, exchange: Any) -> None:
         exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
@@ -585,11 +585,10 @@ def relay(pieces: Sequence[bytes], old_client: bool = False, silence_s: float = 
             sock: Any = upstream_sock
             exchange.target = TARGET
             bench.fleet.opened(TARGET)
-            answers.append(
-                plexus_lite.Answer(connection, exchange, plexus_lite.UpstreamConnection(sock, ("http", "up")))
-            )
+            upstream = plexus_lite.UpstreamConnection(sock, ("http", "up"))
+            answers.append(plexus_lite.Answer(connection, exchange, TARGET, upstream))
         elif exchange.last_answer:
-            plexus_lite.deliver_held(connection, exchange.last_answer)
+            exchange.last_answer.hand_on()
         else:
             connection.respond_error(exchange.last_error)
 

@@ -6086,8 +6086,8 @@ class Checkup:
         has_key = any(name.lower() in CREDENTIALS for name, _ in sent)
         verdict, text, facts = judge_answer(provider, answer, body, [one.model for one in targets], has_key)
         if 300 <= answer.status < 400:
-            where = mask_text(answer.headers.get("location") or "", secrets_of(sent, proxy))
-            text += f"; it leads to {describe(where)}"
+            where = mask((answer.headers.get("location") or "").encode("latin-1"), secrets_of(sent, proxy))
+            text += f"; it leads to {describe(where.decode('latin-1'))}"
         by = f", perhaps from the proxy {proxy.name}" if proxy and verdict == "FAIL" else ""
         self._add(verdict, f"{answer.status} in {took_ms} ms{by}: {text}", {**facts, "ms": took_ms})
         if answer.status < 300 and verdict != "FAIL":

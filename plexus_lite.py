@@ -2719,6 +2719,7 @@ UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWO
 MAX_IDLE_PER_ORIGIN: Final = 128
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
+Origin = Tuple[str, ...]  # scheme, host with port, provider
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
 TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
@@ -2761,7 +2762,7 @@ class UpstreamConnection:
 
     __slots__ = ("idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
 
-    def __init__(self, sock: socket.socket, origin: Tuple[str, ...], proxy: Optional[ForwardProxy] = None) -> None:
+    def __init__(self, sock: socket.socket, origin: Origin, proxy: Optional[ForwardProxy] = None) -> None:
         self.sock = sock
         self.origin = origin
         self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
@@ -2795,10 +2796,8 @@ class UpstreamConnection:
         """
         try:
             self.sock.recv(1)
-        except BLOCKED:
-            return True
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, BLOCKED)
         return False
 
     def close(self) -> None:
@@ -2806,72 +2805,21 @@ class UpstreamConnection:
             self.sock.close()
 
 
-class Pool:
-    """Idle upstream connections by origin, the most recently used first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects _idle and _closed
-        self._idle: Dict[Tuple[str, ...], List[UpstreamConnection]] = {}
-        self._closed = False
-
-    def take(self, origin: Tuple[str, ...]) -> Optional[UpstreamConnection]:
-        while True:
-            with self._lock:
-                idle = self._idle.get(origin)
-                connection = idle.pop() if idle else None
-            if connection is None or connection.is_usable():
-                return connection
-            connection.close()
-
-    def put(self, connection: UpstreamConnection, now: float) -> None:
-        connection.idle_since, connection.reused = now, True
-        with self._lock:
-            idle = self._idle.setdefault(connection.origin, [])
-            surplus = connection if self._closed or len(idle) >= MAX_IDLE_PER_ORIGIN else None
-            if not surplus:
-                idle.append(connection)
-        if surplus:
-            surplus.close()
-
-    def expire(self, before: float) -> None:
-        """Close what has been idle since *before*; the oldest stand first."""
-        expired: List[UpstreamConnection] = []
-        with self._lock:
-            for origin, idle in list(self._idle.items()):
-                while idle and idle[0].idle_since < before:
-                    expired.append(idle.pop(0))
-                if not idle:
-                    del self._idle[origin]
-        for connection in expired:
-            connection.close()
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-        self.expire(math.inf)
-
-
+@dataclasses.dataclass(eq=False, repr=False)  # a repr would show the credential
 class OutboundRequest(urllib.request.Request):
     """A request with its header fields exactly as given: urllib's own table would change their case and merge them."""
 
-    def __init__(
-        self,
-        target: Target,
-        path: str,
-        method: str,
-        fields: Sequence[Field],
-        body: Union[bytes, bytearray, None],
-        is_gone: Callable[[], bool],
-        fresh: bool,
-        may_wait: bool,
-    ) -> None:
-        super().__init__(target.base_url + path, method=method)
-        self.target = target
-        self.fields = fields
-        self.body = body
-        self.is_gone = is_gone
-        self.fresh = fresh  # not over a pooled connection
-        self.may_wait = may_wait  # for a connection to be made
+    target: Target
+    path: str
+    method: str
+    fields: Sequence[Field]
+    body: Union[bytes, bytearray, None]
+    is_gone: Callable[[], bool]
+    fresh: bool  # not over a pooled connection
+    may_wait: bool  # for a connection to be made
+
+    def __post_init__(self) -> None:
+        super().__init__(self.target.base_url + self.path, method=self.method)
 
     def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
         """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
@@ -2882,7 +2830,7 @@ class OutboundRequest(urllib.request.Request):
         if self.body is not None:
             fields.append(("Content-Length", str(len(self.body))))
         where = self.full_url if proxy else self.selector
-        return f"{self.get_method()} {where} HTTP/1.1\r\n".encode("latin-1") + render_fields(fields) + b"\r\n"
+        return f"{self.method} {where} HTTP/1.1\r\n".encode("latin-1") + render_fields(fields) + b"\r\n"
 
 
 class Transport(urllib.request.BaseHandler):
@@ -2896,10 +2844,11 @@ class Transport(urllib.request.BaseHandler):
         """Load certificates and keys, look up forward proxies; ConfigError names what cannot be used."""
         self._limits = config.limits
         self._connect_demo = connect_demo
-        self._pool = Pool()
+        self._lock = threading.Lock()  # protects _idle and _is_closed
+        self._idle: Dict[Origin, List[UpstreamConnection]] = collections.defaultdict(list)  # the last used last
+        self._is_closed = False
+        self._sessions: Dict[Origin, Optional[ssl.SSLSession]] = {}
         self._contexts: Dict[str, ssl.SSLContext] = {}
-        self._session_lock = threading.Lock()  # protects _sessions
-        self._sessions: Dict[Tuple[str, ...], ssl.SSLSession] = {}
         self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
         for name, provider in config.providers.items():
             urls = [url for urls in provider.api_base_url.values() for url in urls]
@@ -2937,23 +2886,33 @@ class Transport(urllib.request.BaseHandler):
 
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer has been read to its end."""
-        if isinstance(connection.sock, ssl.SSLSocket):
-            with self._session_lock:  # TLS 1.3 sends its tickets after the handshake: now they are here
-                session = connection.sock.session
-                if session is not None:
-                    self._sessions[connection.origin] = session
-        self._pool.put(connection, time.monotonic())
+        connection.idle_since, connection.reused = time.monotonic(), True
+        if isinstance(
+            connection.sock, ssl.SSLSocket
+        ):  # TLS 1.3 sends its tickets after the handshake: now they are here
+            self._sessions[connection.origin] = connection.sock.session
+        with self._lock:
+            idle = self._idle[connection.origin]
+            if self._is_closed or len(idle) >= MAX_IDLE_PER_ORIGIN:
+                connection.close()
+            else:
+                idle.append(connection)
 
     def expire(self, now: float) -> None:
-        self._pool.expire(now - self._limits.pool_idle_s)
+        """Close what has been idle for pool_idle_s; the oldest stand first."""
+        with self._lock:
+            for idle in self._idle.values():
+                while idle and idle[0].idle_since < now - self._limits.pool_idle_s:
+                    idle.pop(0).close()
 
     def close(self) -> None:
-        self._pool.close()
+        self._is_closed = True
+        self.expire(math.inf)
 
     def http_open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         # The provider stands for its forward proxy and certificates: they change only with the configuration.
         origin = (request.type, request.host, request.target.provider.name)
-        connection = None if request.fresh else self._pool.take(origin)
+        connection = None if request.fresh else self._take_idle(origin)
         if connection is None:
             if not request.may_wait:
                 return None
@@ -2968,7 +2927,16 @@ class Transport(urllib.request.BaseHandler):
     https_open = http_open
     demo_open = http_open
 
-    def _connect(self, request: OutboundRequest, origin: Tuple[str, ...]) -> UpstreamConnection:
+    def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
+        while True:
+            with self._lock:
+                idle = self._idle[origin]
+                connection = idle.pop() if idle else None
+            if connection is None or connection.is_usable():
+                return connection
+            connection.close()
+
+    def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
         if request.type == "demo":
             sock = self._connect_demo()
             sock.setblocking(False)
@@ -2980,9 +2948,8 @@ class Transport(urllib.request.BaseHandler):
         sock = reach(url, proxy, attempt)
         if request.type == "http":
             return UpstreamConnection(sock, origin, proxy)
-        with self._session_lock:
-            session = self._sessions.get(origin)
         try:
+            session = self._sessions.get(origin)
             tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
         except ssl.SSLCertVerificationError as error:
             raise explain_refusal(error, url, proxy, attempt) from None

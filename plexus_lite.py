@@ -2715,7 +2715,6 @@ class Credentials:
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-UNDER_WAY: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS))
 MAX_IDLE_PER_ORIGIN: Final = 128
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
@@ -3026,18 +3025,17 @@ def resolve(host: str, port: int, attempt: Attempt) -> Sequence[Any]:
 
 
 def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket connected to the first of *addresses* that answers; errors call it *name*."""
+    """Return a non-blocking socket connected to the first of *addresses*, at least one, that answers; errors call it *name*."""
     with attempt.at(f"connection to {name}"):
-        problem = OSError(errno.EADDRNOTAVAIL, "no address")
         for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-                result = sock.connect_ex(address)
-                if result in UNDER_WAY:
-                    attempt.wait(sock, selectors.EVENT_WRITE)
-                    result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                with contextlib.suppress(BlockingIOError):  # it is under way
+                    sock.connect(address)
+                attempt.wait(sock, selectors.EVENT_WRITE)
+                result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if result:
                     raise OSError(result, os.strerror(result))
                 return sock
@@ -3050,29 +3048,59 @@ def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket
         raise problem
 
 
+def read_some(sock: socket.socket, attempt: Attempt) -> bytes:
+    while True:
+        data = receive(sock)
+        if data is not None:
+            return data
+        attempt.wait(sock, selectors.EVENT_READ)
+
+
+def read_head(sock: socket.socket, attempt: Attempt, max_head: int, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
+    """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
+    while b"\r\n\r\n" not in data:
+        more = read_some(sock, attempt)
+        data += more
+        if not more:
+            raise ConnectionError("it closed the connection")
+        if len(data) > max_head or not b"HTTP/1.".startswith(data[:7]):
+            raise ConnectionError("it does not answer in HTTP/1.1")
+    end = data.index(b"\r\n\r\n") + 4
+    return read_answer_head(data[:end]), data[end:]
+
+
+def read_whole(sock: socket.socket, attempt: Attempt, max_head: int) -> Tuple[AnswerHead, bytes]:
+    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
+    head, data = read_head(sock, attempt, max_head)
+    while head.status < 200:  # it announces another one
+        head, data = read_head(sock, attempt, max_head, data)
+    reader = answer_body(head)
+    body = bytearray(reader.feed(data))
+    while not reader.done and len(body) < WHOLE_BODY_BYTES:
+        data = read_some(sock, attempt)
+        body += reader.feed(data)
+        if not data:
+            if not reader.at_end():
+                raise ConnectionError("it broke off")
+            break
+    return head, bytes(body)
+
+
 def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
     """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6), or close it.  No byte of the proxy's goes further."""
     try:
         with attempt.at(f"tunnel to {authority} through the proxy {proxy.name}"):
             fields = render_fields([("Host", authority), *proxy.fields()])
             sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-            answer, end = b"", -1
-            while end < 0:
-                attempt.wait(sock, selectors.EVENT_READ)
-                data = receive(sock)
-                answer += data or b""
-                end = answer.find(b"\r\n\r\n")
-                if data == b"" or len(answer) > TUNNEL_HEAD_BYTES:
-                    raise ConnectionError("it broke off")
             try:
-                status = read_answer_head(answer[: end + 4]).status
+                answer, more = read_head(sock, attempt, TUNNEL_HEAD_BYTES)
             except MalformedHTTP:
-                raise ConnectionError("it does not answer in HTTP") from None
-            if status in (401, 407):  # tinyproxy answers 401 to a wrong password
+                raise ConnectionError("it does not answer in HTTP/1.1") from None
+            if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
                 raise wrong_password(proxy, attempt.provider)
-            if not 200 <= status < 300:
-                raise ConnectionError(f"it answered {status}")
-            if len(answer) > end + 4:  # a TLS server does not speak first: these bytes are nobody's
+            if not 200 <= answer.status < 300:
+                raise ConnectionError(f"it answered {answer.status}")
+            if more:  # a TLS server does not speak first: these bytes are nobody's
                 raise ConnectionError("it answered more than a head")
     except BaseException:
         sock.close()
@@ -3127,40 +3155,6 @@ def start_tls(
     except BaseException:
         tls.close()
         raise
-
-
-def read_whole(sock: socket.socket, attempt: Attempt, max_head: int) -> Tuple[AnswerHead, bytes]:
-    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP, UpstreamError."""
-
-    def read_some() -> bytes:
-        data = None
-        while data is None:
-            attempt.wait(sock, selectors.EVENT_READ)
-            data = receive(sock)
-        return data
-
-    start, status = b"", 100
-    while status < 200:  # those announce another head
-        while b"\r\n\r\n" not in start:
-            if len(start) > max_head or not b"HTTP/1.".startswith(start[:7]):
-                raise ConnectionError("it does not answer in HTTP/1.1")
-            data = read_some()
-            start += data
-            if not data:
-                raise ConnectionError("it closed the connection")
-        end = start.index(b"\r\n\r\n") + 4
-        head, start = read_answer_head(start[:end]), start[end:]
-        status = head.status
-    reader = answer_body(head)
-    body = bytearray(reader.feed(start))
-    while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = read_some()
-        body += reader.feed(data)
-        if not data:
-            if not reader.at_end():
-                raise ConnectionError("it broke off")
-            break
-    return head, bytes(body)
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:

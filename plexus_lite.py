@@ -2726,10 +2726,7 @@ TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
 # TLS 1.3 brings the refusal of a client certificate only with the first read after the request.
 TLS_FAILURES: Final = (
     ("alert certificate required", "it asks for a client certificate; set {}.client_cert"),
-    (
-        "alert (unknown ca|bad certificate|unsupported certificate|certificate |access denied)",
-        "it refuses the certificate in {}.client_cert",
-    ),
+    ("alert .*(certificate|unknown ca|access denied)", "it refuses the certificate in {}.client_cert"),
     ("alert handshake failure", "it found no common cipher, or misses a client certificate ({}.client_cert)"),
     ("protocol version|unsupported protocol|legacy sigalg", "it speaks no TLS 1.2 or newer"),
     ("wrong version number|http request|record layer failure", "it does not speak TLS; check {}.api_base_url"),
@@ -2995,6 +2992,16 @@ class Attempt(NamedTuple):
                 if selector.select(min(left, GONE_CHECK_S)):
                     return
 
+    def finish(self, step: Callable[[], T], sock: socket.socket) -> T:
+        """Return what *step* returns; it is repeated for as long as *sock* is not ready for it."""
+        while True:
+            try:
+                return step()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.wait(sock, selectors.EVENT_READ)
+            except ssl.SSLWantWriteError:
+                self.wait(sock, selectors.EVENT_WRITE)
+
 
 def reason_of(error: OSError, path: str = "") -> str:
     """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
@@ -3025,7 +3032,7 @@ def resolve(host: str, port: int, attempt: Attempt) -> Sequence[Any]:
 
 
 def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket connected to the first of *addresses*, at least one, that answers; errors call it *name*."""
+    """Return a non-blocking socket to the first of *addresses* (at least one) that answers; errors call it *name*."""
     with attempt.at(f"connection to {name}"):
         for family, kind, protocol, _, address in addresses:
             sock = socket.socket(family, kind, protocol)
@@ -3048,18 +3055,10 @@ def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket
         raise problem
 
 
-def read_some(sock: socket.socket, attempt: Attempt) -> bytes:
-    while True:
-        data = receive(sock)
-        if data is not None:
-            return data
-        attempt.wait(sock, selectors.EVENT_READ)
-
-
 def read_head(sock: socket.socket, attempt: Attempt, max_head: int, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
     """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
     while b"\r\n\r\n" not in data:
-        more = read_some(sock, attempt)
+        more = attempt.finish(lambda: sock.recv(RECEIVE_BYTES), sock)
         data += more
         if not more:
             raise ConnectionError("it closed the connection")
@@ -3077,7 +3076,7 @@ def read_whole(sock: socket.socket, attempt: Attempt, max_head: int) -> Tuple[An
     reader = answer_body(head)
     body = bytearray(reader.feed(data))
     while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = read_some(sock, attempt)
+        data = attempt.finish(lambda: sock.recv(RECEIVE_BYTES), sock)
         body += reader.feed(data)
         if not data:
             if not reader.at_end():
@@ -3126,11 +3125,7 @@ def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
 
 
 def start_tls(
-    sock: socket.socket,
-    host: str,
-    context: ssl.SSLContext,
-    attempt: Attempt,
-    session: Optional[ssl.SSLSession] = None,
+    sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
 ) -> ssl.SSLSocket:
     """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
     tls = sock
@@ -3138,20 +3133,10 @@ def start_tls(
         with attempt.at(f"TLS handshake with {host}"):
             # A ragged end must be an error: for a body that ends with the connection it is a cut.
             tls = context.wrap_socket(
-                sock,
-                server_hostname=host,
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,
-                session=session,
+                sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
             )
-            while True:
-                try:
-                    tls.do_handshake()
-                    return tls
-                except ssl.SSLWantReadError:
-                    attempt.wait(tls, selectors.EVENT_READ)
-                except ssl.SSLWantWriteError:
-                    attempt.wait(tls, selectors.EVENT_WRITE)
+            attempt.finish(tls.do_handshake, tls)
+            return tls
     except BaseException:
         tls.close()
         raise
@@ -3238,10 +3223,7 @@ class Certificate(NamedTuple):
 
 
 def explain_refusal(
-    error: ssl.SSLCertVerificationError,
-    url: urllib.parse.SplitResult,
-    proxy: Optional[ForwardProxy],
-    attempt: Attempt,
+    error: ssl.SSLCertVerificationError, url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
 ) -> UpstreamError:
     """Return what is wrong with the certificate of the host of *url*, and what to configure."""
     shown, now = peer_certificate(url, proxy, attempt), datetime.datetime.now(datetime.timezone.utc)

@@ -2435,8 +2435,8 @@ class WatchedFile:
         self._where, self._parse, self._warn = where, parse, warn
         self._lock = threading.Lock()  # one reader at a time
         self._look_at = -math.inf
-        self._seen: Tuple[int, ...] = ()
-        self._content = b""
+        self._content: Optional[bytes] = None  # the last good one
+        self._mode = 0
         self.look()
 
     def get(self) -> Any:
@@ -2451,23 +2451,18 @@ class WatchedFile:
         with self._lock:
             problem = None
             try:
-                found = os.stat(self.path)
-                seen = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
-                if seen == self._seen:
-                    return
-                self._seen = seen
-                if not stat.S_ISREG(found.st_mode):  # to open a FIFO could take for ever
+                mode = os.stat(self.path).st_mode
+                if not stat.S_ISREG(mode):  # to open a FIFO could take for ever
                     raise ValueError("is not a regular file")
                 with open(self.path, "rb") as file:
                     content = file.read(MIB)
-                if self.value is None or content != self._content:  # touched only: a value newer than the file stays
+                if content != self._content:
                     self.value, self._content = self._parse(content), content
-                if os.name == "posix" and found.st_mode & 0o077:
-                    self._warn(
-                        f"{self._where}: others may use {self.path} (mode {found.st_mode & 0o777:04o}); chmod 600"
-                    )
+                if os.name == "posix" and mode & 0o077 and mode != self._mode:
+                    self._warn(f"{self._where}: others may use {self.path} (mode {mode & 0o777:04o}); chmod 600")
+                self._mode = mode
             except OSError as error:
-                self._seen, problem = (), f"cannot be read: {error.strerror}"
+                problem = f"cannot be read: {error.strerror}"
             except (ValueError, RecursionError) as error:
                 problem = str(error)
             if problem and problem != self.problem:
@@ -2753,19 +2748,17 @@ def receive(sock: socket.socket) -> Optional[bytes]:
         return None
 
 
+@dataclasses.dataclass(eq=False)
 class UpstreamConnection:
     """A connection to an upstream with at most one request under way.  Owned by whoever holds it; ends in close()."""
 
-    __slots__ = ("idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
-
-    def __init__(self, sock: socket.socket, origin: Origin, proxy: Optional[ForwardProxy] = None) -> None:
-        self.sock = sock
-        self.origin = origin
-        self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
-        self.reused = False
-        self.unsent: List[memoryview] = []  # of the request, the last part first
-        self.whole = True  # no part of the request was given up
-        self.idle_since = 0.0
+    sock: socket.socket
+    origin: Origin
+    proxy: Optional[ForwardProxy] = None  # the one that reads our requests; behind a tunnel there is none
+    reused: bool = False
+    unsent: List[memoryview] = dataclasses.field(default_factory=list)  # of the request, the last part first
+    whole: bool = True  # no part of the request was given up
+    idle_since: float = 0.0
 
     def send_some(self) -> None:
         """Send what the upstream takes now; what is left stays in unsent.
@@ -2860,8 +2853,7 @@ class Transport(urllib.request.BaseHandler):
 
         None if that needs a new connection, and *request* may not wait for one.  UpstreamError, ClientGone.
         """
-        connection: Optional[UpstreamConnection] = self._opener.open(request, timeout=None)
-        return connection
+        return self._opener.open(request, timeout=None)  # type: ignore[no-any-return]
 
     def post_form(self, provider: Provider, form: bytes) -> Tuple[int, bytes]:
         """Send *form* to the token URL of *provider*; return status and body of the answer.  UpstreamError."""
@@ -2883,9 +2875,7 @@ class Transport(urllib.request.BaseHandler):
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer has been read to its end."""
         connection.idle_since, connection.reused = time.monotonic(), True
-        if isinstance(
-            connection.sock, ssl.SSLSocket
-        ):  # TLS 1.3 sends its tickets after the handshake: now they are here
+        if isinstance(connection.sock, ssl.SSLSocket):  # TLS 1.3 sends tickets after the handshake: now they are here
             self._sessions[connection.origin] = connection.sock.session
         with self._lock:
             idle = self._idle[connection.origin]
@@ -2914,9 +2904,8 @@ class Transport(urllib.request.BaseHandler):
                 return None
             connection = self._connect(request, origin)
         head, body = request.render_head(connection.proxy), request.body or b""
-        connection.unsent = (
-            [memoryview(head + body)] if len(body) <= 128 * KIB else [memoryview(body), memoryview(head)]
-        )
+        parts = [head + body] if len(body) <= 128 * KIB else [body, head]
+        connection.unsent = [memoryview(part) for part in parts]
         connection.send_some()
         return connection
 

@@ -2558,10 +2558,9 @@ def replace_file(path: str, content: bytes) -> None:
             with contextlib.suppress(OSError):  # only root can, and only root has to
                 os.chown(new, owner.st_uid, owner.st_gid)
         os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # it is only there if something went wrong
             os.unlink(new)
-        raise
 
 
 class SignIn(WatchedFile):
@@ -2667,10 +2666,9 @@ class Credentials:
         return file
 
     def _read_keys(self) -> Mapping[str, Key]:
-        keys = dict(self._configured)
-        for name, file in self._key_files.items():
-            keys[name] = dataclasses.replace(keys[name], secret=file.get())
-        return keys
+        files = self._key_files.items()
+        read = {name: dataclasses.replace(self._configured[name], secret=file.get()) for name, file in files}
+        return {**self._configured, **read}
 
     def look_again(self) -> List[str]:
         """Bring the clients' keys up to date; return what there is to warn of since the last call."""
@@ -3145,11 +3143,8 @@ def make_tls_context(provider: Provider) -> ssl.SSLContext:
     if provider.ca_file is not None:
         # Any certificate in it is an anchor, an intermediate one as well; as curl has it.
         context.verify_flags |= getattr(ssl, "VERIFY_X509_PARTIAL_CHAIN", 0x80000)
-        check_pem(provider.ca_file, "CERTIFICATE", f"{path}.ca_file")
-        try:
+        with using_pem(provider.ca_file, "CERTIFICATE", f"{path}.ca_file"):
             context.load_verify_locations(provider.ca_file)
-        except ssl.SSLError as error:
-            raise ConfigError(f"{path}.ca_file", f"cannot use {provider.ca_file}: {reason_of(error)}") from None
     if provider.client_cert is not None:
         load_key_pair(context, provider.client_cert, provider.client_key, f"{path}.client_")
     elif provider.client_key is not None:
@@ -3170,16 +3165,26 @@ def make_server_context(tls: Tls) -> ssl.SSLContext:
 def load_key_pair(context: ssl.SSLContext, cert: str, key: Optional[str], path: str) -> None:
     """Load the PEM files *cert* and *key* (None: it is in *cert*), which *path*cert and *path*key name."""
     key, where = key or cert, path + "key"
-    check_pem(cert, "CERTIFICATE", path + "cert")
-    check_pem(key, "PRIVATE KEY", where)
 
     def refuse_password() -> str:  # without it OpenSSL would ask on the terminal
         raise ConfigError(where, f"the key in {key} is encrypted; `openssl pkey` decrypts it")
 
-    try:
+    with using_pem(cert, "CERTIFICATE", path + "cert"), using_pem(key, "PRIVATE KEY", where):
         context.load_cert_chain(cert, key, refuse_password)
+
+
+@contextlib.contextmanager
+def using_pem(file_name: str, label: str, path: str) -> Iterator[None]:
+    """Say which file cannot be used, and where the configuration names it: OpenSSL would not."""
+    try:
+        with open(file_name, "rb") as file:
+            if not re.search(rb"-----BEGIN [A-Z ]*%b-----" % label.encode("ascii"), file.read()):
+                raise ConfigError(path, f"{file_name} holds no -----BEGIN {label}----- (PEM)")
+        yield
     except ssl.SSLError as error:
-        raise ConfigError(where, f"cannot use {key} with {cert}: {reason_of(error)}") from None
+        raise ConfigError(path, f"cannot use {file_name}: {reason_of(error)}") from None
+    except OSError as error:
+        raise ConfigError(path, f"cannot read {file_name}: {error.strerror}") from None
 
 
 def say_goodbye(sock: socket.socket) -> None:
@@ -3187,17 +3192,6 @@ def say_goodbye(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError, ValueError):  # ValueError: that has been done
             sock.unwrap()
-
-
-def check_pem(file_name: str, label: str, path: str) -> None:
-    """Refuse a file that cannot be read or holds nothing of the kind: OpenSSL would not say which file it means."""
-    try:
-        with open(file_name, "rb") as file:
-            found = re.search(rb"-----BEGIN [A-Z ]*%b-----" % label.encode("ascii"), file.read())
-    except OSError as error:
-        raise ConfigError(path, f"cannot read {file_name}: {error.strerror}") from None
-    if not found:
-        raise ConfigError(path, f"{file_name} holds no -----BEGIN {label}----- (PEM)")
 
 
 # -- certificates: what was refused, told so that it can be acted on ----
@@ -3293,28 +3287,29 @@ def der_items(data: bytes) -> List[Tuple[int, bytes]]:
 class ZstdFrame:
     """zlib.decompressobj's interface to a frame, by the system's libzstd.  Frees what it takes before it returns."""
 
+    eof = False
+    unused_data: Union[bytes, bytearray] = b""
+
     def __init__(self, library: Any) -> None:
         self._library = library
-        self.eof = False
-        self.unused_data: Union[bytes, bytearray] = b""
 
     def decompress(self, raw: Union[bytes, bytearray], max_length: int) -> bytearray:
         import ctypes
 
-        library, size_t, out = self._library, ctypes.c_size_t, bytearray()
+        library, buffer, out = self._library, ctypes.c_size_t * 3, bytearray()  # buffer: address, size, position
         source = ctypes.create_string_buffer(bytes(raw), len(raw))
         piece = ctypes.create_string_buffer(128 * KIB)  # a block: the output grows by what is there, not by claims
-        given = (size_t * 3)(ctypes.addressof(source), len(raw), 0)  # ZSTD_inBuffer: address, size, position
-        context = library.ZSTD_createDStream()
+        given = buffer(ctypes.addressof(source), len(raw), 0)
+        context = ctypes.c_void_p(library.ZSTD_createDStream())
         if not context:
             raise MemoryError
         try:
             library.ZSTD_DCtx_setParameter(context, 100, ZSTD_WINDOW_LOG)  # ZSTD_d_windowLogMax
             while not self.eof and len(out) < max_length:
-                taken = (size_t * 3)(ctypes.addressof(piece), min(len(piece), max_length - len(out)), 0)
+                taken = buffer(ctypes.addressof(piece), min(len(piece), max_length - len(out)), 0)
                 left = library.ZSTD_decompressStream(context, taken, given)
                 if left < 0:
-                    raise zlib.error(library.ZSTD_getErrorName(left).decode())
+                    raise zlib.error(library.ZSTD_getErrorName(ctypes.c_size_t(left)).decode())
                 out += memoryview(piece)[: taken[2]]
                 self.eof = not left
                 if given[2] == len(raw) and taken[2] < taken[1]:
@@ -3341,17 +3336,12 @@ def load_zstd() -> Optional[Coding]:
     for name in ("libzstd.so.1", "libzstd.1.dylib", "libzstd.dll"):
         with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):  # no ctypes, no such library
             import ctypes
-            from ctypes import c_char_p, c_int, c_size_t, c_ssize_t, c_void_p
 
             library = ctypes.CDLL(name)
-            for function, result, arguments in (
-                (library.ZSTD_createDStream, c_void_p, ()),
-                (library.ZSTD_freeDStream, c_size_t, (c_void_p,)),
-                (library.ZSTD_DCtx_setParameter, c_size_t, (c_void_p, c_int, c_int)),  # since 1.4.0
-                (library.ZSTD_decompressStream, c_ssize_t, (c_void_p, c_void_p, c_void_p)),
-                (library.ZSTD_getErrorName, c_char_p, (c_size_t,)),
-            ):
-                function.restype, function.argtypes = result, arguments
+            library.ZSTD_createDStream.restype = ctypes.c_void_p
+            library.ZSTD_DCtx_setParameter.restype = ctypes.c_size_t  # since 1.4.0
+            library.ZSTD_decompressStream.restype = ctypes.c_ssize_t  # an error is less than 0
+            library.ZSTD_getErrorName.restype = ctypes.c_char_p
             return Coding("zstd", functools.partial(ZstdFrame, library), magic=ZSTD_MAGIC)
     return None
 

@@ -478,7 +478,7 @@ class Renewal(SignInTest):
             ("a token with a line break", answer(200, (), {"access_token": "a\r\nX: y"})),
             ("no HTTP", [b"hello\r\n\r\n", Cut()]),
             ("closed", [Cut()]),
-            ("cut", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", Cut()]),
+            ("cut", [b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"access_token":"at-bad"}', Cut()]),
         )
         for name, reply in rows:
             with self.subTest(name):
@@ -644,7 +644,8 @@ class Renewal(SignInTest):
         credentials = self.make()
         found: List[str] = []
         go_on = threading.Event()
-        self.issuer.script([Pause(go_on), *answer(200, (), {"access_token": "at-new"})])
+        hint = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+        self.issuer.script([Pause(go_on), hint, *answer(200, (), {"access_token": "at-new"})])
         threads = [threading.Thread(target=lambda: found.append(self.sent(credentials))) for _ in range(2)]
         threads[0].start()
         self.issuer.wait_for_requests(1)

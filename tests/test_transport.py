@@ -8,7 +8,9 @@ import threading
 import time
 import unittest
 from typing import Any, Callable, Dict, Iterator, List, Tuple
+from unittest import mock
 
+import plexus_lite
 from tests.support import (
     Answer,
     Cut,
@@ -256,6 +258,20 @@ class PoolIdleTest(TransportTest):
         self.assertEqual(post(proxy.port, "/v1/responses", BODY).status, 200)
         self.assertTrue(upstream.wait_disconnected(1, 5))
 
+    def test_what_is_too_many_or_comes_back_too_late_is_closed(self):
+        config = plexus_lite.parse_config(make_config("http://up.example/v1"))
+        transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        pairs = [socket.socketpair() for _ in range(3)]
+        for sock in (sock for pair in pairs for sock in pair):
+            self.addCleanup(sock.close)
+        with mock.patch.object(plexus_lite, "MAX_IDLE_PER_ORIGIN", 1):
+            for ours, _ in pairs[:2]:
+                transport.release(plexus_lite.UpstreamConnection(ours, ("http", "up.example", "up")))
+        self.assertEqual([ours.fileno() < 0 for ours, _ in pairs], [False, True, False])
+        transport.close()
+        transport.release(plexus_lite.UpstreamConnection(pairs[2][0], ("http", "up.example", "up")))
+        self.assertEqual([ours.fileno() < 0 for ours, _ in pairs], [True, True, True])
+
 
 class UnreachableTest(TransportTest):
     refused: int
@@ -408,10 +424,13 @@ class TlsTest(TransportTest):
             self.assertTrue(self.upstream.wait_disconnected(number, 5))
             self.assertLess(time.monotonic() - left_at, 1)
 
-    def test_reset_on_a_reused_connection_is_repeated(self):
+    def test_reset_on_a_reused_connection_is_repeated_and_the_handshake_is_a_short_one(self):
+        assert self.upstream._tls
         self.ask()
+        before = self.upstream._tls.session_stats()["hits"]
         got = self.ask("gpt-test", [Reset()], answer(200, (), {"second": "try"}))
         self.assertEqual(got.json(), {"second": "try"})
+        self.assertEqual(self.upstream._tls.session_stats()["hits"] - before, 1)
 
 
 class TlsCloseTest(TransportTest):

@@ -4563,24 +4563,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 LEVELS: Final = ("error", "warning", "info", "debug")
 MAX_QUEUED_LINES: Final = 10_000
 LOG_PAUSE_S: Final = 0.02
-SMALL_TURN_BYTES: Final = (
-    64 * KIB
-)  # JSON of this size keeps the loop for some 0.2 ms; a compressed body can be any size
+SMALL_TURN_BYTES: Final = 64 * KIB  # JSON of this size keeps the loop for 0.2 ms; a compressed body can be any size
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+SIGNALS: Final = {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
-class Shared(NamedTuple):
-    """What all workers see: memory made before the first fork, and when that was (Unix time)."""
+class Shared:
+    """What all workers see, made before the first of them: the sessions' last turns, and what each has counted, so
+    that any of them can tell the sum, and one that is replaced counts on.
 
-    sessions: SessionTable
-    board: "Board"
-    started: int
-
-
-class Board:
-    """What each worker has counted, so that any of them can tell the sum; a worker that is replaced counts on.
-
-    Every worker has a place of two halves: a publication is written behind the one that is read, then takes its
-    place.  What another process reads in the wrong moment has a wrong checksum, and is read again.
+    The counts of a worker have a place of two halves: a publication is written behind the one that is read, then takes
+    its place.  One that is not whole, being written or left by a worker that died, has a wrong checksum.
     """
 
     HALF_BYTES: Final = 16 * MIB  # memory is used as far as it is written
@@ -4588,33 +4581,36 @@ class Board:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self.started = int(time.time())
+        self.supervisor = os.getpid()
+        self.sessions = SessionTable(mmap.mmap(-1, SessionTable.BYTES))
         self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
-
-    def _heads(self, worker: int) -> List[Tuple[int, int, int, int]]:
-        """Return (publication, length, checksum, offset) of both halves, the newer first."""
-        offsets = (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES)
-        return sorted((*self.HEAD.unpack_from(self._memory, offset), offset) for offset in offsets)[::-1]
 
     def publish(self, worker: int, tally: Tally) -> None:
         data = marshal.dumps(vars(tally))
         if len(data) > self.HALF_BYTES - self.HEAD.size:  # far more providers than anyone has: the last one stays
             return
-        newer, older = self._heads(worker)
-        begin = older[3] + self.HEAD.size
+        number = self._newest(worker)[0] + 1
+        head = (2 * worker + number % 2) * self.HALF_BYTES
+        begin = head + self.HEAD.size
         self._memory[begin : begin + len(data)] = data
-        self.HEAD.pack_into(self._memory, older[3], newer[0] + 1, len(data), zlib.crc32(data))
+        self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
-        tally = Tally()
-        for _ in range(3):
-            number, length, checksum, offset = self._heads(worker)[0]
-            begin = offset + self.HEAD.size
-            data = self._memory[begin : begin + length]
-            if number and zlib.crc32(data) == checksum:
-                vars(tally).update(marshal.loads(data))
-                break
+        tally, (number, data) = Tally(), self._newest(worker)
+        vars(tally).update(marshal.loads(data) if number else {})
         return tally
+
+    def _newest(self, worker: int) -> Tuple[int, bytes]:
+        """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
+        whole = [(0, b"")]
+        for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
+            number, length, checksum = self.HEAD.unpack_from(self._memory, head)
+            data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
+            if zlib.crc32(data) == checksum:
+                whole.append((number, data))
+        return max(whole)
 
 
 class Log:
@@ -4627,9 +4623,9 @@ class Log:
         self._path = path
         self._fd = 2 if path is None else self.open(path)
         self._is_terminal = path is None and os.isatty(2)
-        self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
-        self._dropped = threading.Event()
-        self._reopen = threading.Event()
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._has_dropped = False
+        self._reopens = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -4639,59 +4635,61 @@ class Log:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        if self._level >= LEVELS.index("info"):
-            self._put(record)
+        self._put("info", record)
 
     def event(self, level: str, message: str, **details: Any) -> None:
-        if self._level >= LEVELS.index(level):
-            stamp = new_record(time.time(), "", "")["ts"]
-            self._put({"ts": stamp, "level": level, "message": message, **details})
+        stamp = new_record(time.time(), "", "")["ts"]
+        self._put(level, {"ts": stamp, "level": level, "message": message, **details})
 
-    def _put(self, value: Mapping[str, Any]) -> None:
+    def _put(self, level: str, value: Mapping[str, Any]) -> None:
+        if LEVELS.index(level) > self._level:
+            return
         if self._lines.qsize() < MAX_QUEUED_LINES:
             line = (render_line(value) + "\n").encode("utf-8", "replace") if self._is_terminal else render_json(value)
             self._lines.put(line)
         else:
-            self._dropped.set()
+            self._has_dropped = True
 
     def reopen(self) -> None:
-        """Open the file again by its name: it may have been rotated away."""
-        self._reopen.set()
+        """Open the file again by its name, before the next line: it may have been rotated away."""
+        self._reopens = self._path is not None
 
     def close(self) -> None:
         self._closing.set()
-        self._lines.put(None)
+        self._lines.put(b"")
         self._thread.join(2)
 
     def _run(self) -> None:
-        line: Optional[bytes] = b""
-        while line is not None:
-            batch = []
-            line = self._lines.get()
-            self._closing.wait(LOG_PAUSE_S)  # then write all that came meanwhile: a wake-up per line costs the requests
-            while line is not None:
-                batch.append(line)
-                if self._lines.empty():
-                    break
-                line = self._lines.get()
-            if self._reopen.is_set() and self._path is not None:
-                self._reopen.clear()
+        is_last = False
+        while not is_last:
+            lines = [self._lines.get()]
+            # Then write all that came meanwhile: a wake-up per line costs the requests.
+            is_last = self._closing.wait(LOG_PAUSE_S)
+            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            if self._reopens:
+                self._reopens = False
                 with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
-                    fd, self._fd = self._fd, self.open(self._path)
+                    fd, self._fd = self._fd, self.open(str(self._path))
                     os.close(fd)
-            self._write(b"".join(batch))
-            if self._dropped.is_set() and self._lines.empty():
-                self._dropped.clear()
+            self._write(b"".join(lines))
+            if self._has_dropped:
+                self._has_dropped = False
                 self.event("warning", "log lines were dropped: they came faster than they could be written")
 
-    def _write(self, line: bytes) -> None:
-        while line:
+    def _write(self, data: bytes) -> None:
+        while data:
             try:
-                line = line[os.write(self._fd, line) :]
+                data = data[os.write(self._fd, data) :]
             except BlockingIOError:
                 time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait, and the queue is bounded
             except OSError:
                 return  # closed, or the disk is full
+
+
+def say(text: str, fd: int = 1) -> None:
+    """Write a line for the operator; stdout or stderr may be closed, and that is no reason to stop."""
+    with contextlib.suppress(OSError):
+        os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -4712,11 +4710,16 @@ def listen(host: str, port: int) -> socket.socket:
         raise
 
 
+def catch_signals(handler: Callable[[int], None]) -> None:
+    """Give the signals that stop or reload us to *handler*.  Main thread only."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: handler(number))
+
+
 def hold_signals(hold: bool) -> None:
-    """Keep the signals that stop or reload us pending, or let them come."""
+    """Keep these signals pending, or let them come."""
     if sys.platform != "win32":
-        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def process_figures() -> Dict[str, float]:
@@ -4746,7 +4749,7 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         """*number* is the worker's; *page* the fields and the HTML of the status page."""
         self.state = state
-        self.tally = shared.board.read(number)
+        self.tally = shared.read(number)
         before = self.tally.counts
         self.fleet = Fleet((name, int(count)) for (name,), count in before["plexus_cooldowns_total"].items())
         self._cpu_s = before["process_cpu_seconds_total"].get((), 0.0)  # of the worker that this one replaces
@@ -4773,15 +4776,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
         self.loop.on_error = self._end_broken
-
-    def watch_supervisor(self, lifeline: socket.socket) -> None:
-        """Drain when the other end of *lifeline* closes: the supervisor has died, and nobody else would stop us."""
-
-        def drain(events: int) -> None:
-            self.loop.watch(lifeline, 0, drain)
-            self.drain()
-
-        self.loop.watch(lifeline, selectors.EVENT_READ, drain)
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Run until a signal has drained the server."""
@@ -4875,8 +4869,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _publish(self) -> None:
         self._measure()
-        if self._shared.board.workers > 1:
-            self._shared.board.publish(self._number, self.tally)
+        if self._shared.workers > 1:
+            self._shared.publish(self._number, self.tally)
 
     def _total(self) -> Tally:
         """Return the sum over all workers: of the others what they published last.
@@ -4884,8 +4878,7 @@ class Server(http.server.ThreadingHTTPServer):
         What is shown is published first, so that what another worker shows next is never less.
         """
         self._publish()
-        board = self._shared.board
-        others = (board.read(number) for number in range(board.workers) if number != self._number)
+        others = (self._shared.read(number) for number in range(self._shared.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
         total.counts["plexus_build_info"] = {(__version__, sys.version.split()[0]): 1}
         total.counts["process_start_time_seconds"] = {(): self.started}
@@ -4898,7 +4891,7 @@ class Server(http.server.ThreadingHTTPServer):
     def attach_feed(self, connection: ClientConnection, exchange: Exchange) -> None:
         def render() -> Dict[str, Any]:
             status = render_status(self._total(), exchange.identity, self.state.config, time.time())
-            return {**status, "started": self.started, "workers": self._shared.board.workers}
+            return {**status, "started": self.started, "workers": self._shared.workers}
 
         if connection.exchange is exchange:
             Feed(connection, exchange, render)
@@ -5011,7 +5004,7 @@ class Server(http.server.ThreadingHTTPServer):
         for client in list(self.clients):
             self.loop.guard(client.tick, now)
         self.state.transport.expire(now)
-        if self._shared.board.workers > 1:
+        if self._shared.workers > 1:
             self._publish()
         for warning in self.state.credentials.look_again():
             self.log.event("warning", warning)
@@ -5020,6 +5013,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
         if self._spare < 0:  # every thread is busy, perhaps with an upstream that does not answer: nobody waits for it
             self._start_threads(min(-self._spare, MAX_STARTS))
+        if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
+            self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
 
     def _stop_if_drained(self) -> None:
@@ -5031,14 +5026,12 @@ class Server(http.server.ThreadingHTTPServer):
     def catch_signals(self) -> None:
         """Let signals wake the loop, which handles them between two events.  Main thread only."""
         signal.set_wakeup_fd(self.loop.wakeup_fd, warn_on_full_buffer=False)
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows has no SIGHUP
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda number, frame: self._signals.append(number))
+        catch_signals(self._signals.append)
         hold_signals(False)
 
     def _handle_signals(self) -> None:
         while self._signals:
-            if self._signals.popleft() == getattr(signal, "SIGHUP", None):
+            if self._signals.popleft() not in STOP_SIGNALS:
                 self.reload()
             elif self._draining:
                 self.loop.stop()
@@ -5071,32 +5064,32 @@ class Server(http.server.ThreadingHTTPServer):
 class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
-    def __init__(self, count: int, serve_one: Callable[[int, socket.socket], int], warn: Callable[[str], None]) -> None:
-        """*serve_one* runs in a child, with its number and its end of a lifeline; its result is the exit code."""
-        self._count = count
+    def __init__(self, serve_one: Callable[[int], int]) -> None:
+        """*serve_one* runs in a child, with its number; its result is the exit code."""
         self._serve_one = serve_one
-        self._warn = warn
-        self._children: Dict[int, Tuple[int, float]] = {}  # pid -> worker number, started (monotonic)
-        self._pause_s = [RESPAWN_S[0]] * count
+        self._children: Dict[int, Tuple[int, float, float]] = {}  # pid -> worker number, started (monotonic), pause
         self._stopping = False
-        self._lifeline, self._child_end = socket.socketpair()
 
-    def run(self) -> int:
-        """Keep the workers running until a signal ends them."""
-        if sys.platform == "win32":
-            raise NotImplementedError
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(name, lambda number, frame: self._pass_on(number))
-        for number in range(self._count):
-            self._spawn(number)
+    def run(self, count: int) -> int:
+        """Keep *count* workers running until a signal ends them."""
+        catch_signals(self._pass_on)
+        for number in range(count):
+            self._spawn(number, RESPAWN_S[0])
         while self._children:
             pid, status = os.waitpid(-1, 0)
-            number, started = self._children.pop(pid)
+            number, started, pause = self._children.pop(pid)
+            died = time.monotonic()
+            if died - started >= RESPAWN_S[1]:
+                pause = RESPAWN_S[0]
             if not self._stopping:
-                self._replace(number, started, status)
+                say(f"worker {number} died with status {status}; another starts in {pause:g} s", 2)
+            while not self._stopping and time.monotonic() < died + pause:
+                time.sleep(0.05)
+            if not self._stopping:
+                self._spawn(number, min(2 * pause, RESPAWN_S[1]))
         return EXIT_OK
 
-    def _spawn(self, number: int) -> None:
+    def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
         hold_signals(True)  # one for the child waits until the child can take it
@@ -5106,26 +5099,14 @@ class Supervisor:
             try:
                 # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts.
                 os.setpgid(0, 0)
-                self._lifeline.close()
-                code = self._serve_one(number, self._child_end)
+                code = self._serve_one(number)
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
-        self._children[pid] = (number, time.monotonic())
+        self._children[pid] = (number, time.monotonic(), pause)
         hold_signals(False)
 
-    def _replace(self, number: int, started: float, status: int) -> None:
-        lived = time.monotonic() - started
-        pause = self._pause_s[number] if lived < RESPAWN_S[1] else RESPAWN_S[0]
-        self._pause_s[number] = min(2 * pause, RESPAWN_S[1])
-        self._warn(f"worker {number} died with status {status}; another starts in {pause:g} s")
-        until = time.monotonic() + pause
-        while not self._stopping and time.monotonic() < until:
-            time.sleep(0.05)
-        if not self._stopping:
-            self._spawn(number)
-
     def _pass_on(self, number: int) -> None:
-        self._stopping = self._stopping or number != getattr(signal, "SIGHUP", None)
+        self._stopping = self._stopping or number in STOP_SIGNALS
         for pid in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -6162,10 +6143,9 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     value = expand_variables(value, os.environ)
-    if isinstance(value, dict):
-        value.update(
-            {name: given for name, given in vars(options).items() if name in ("host", "port") and given is not None}
-        )
+    for name, given in (("host", options.host), ("port", options.port)):
+        if given is not None and isinstance(value, dict):
+            value[name] = given
     return parse_config(value)
 
 
@@ -6212,12 +6192,6 @@ def bind_to_core(config: Config, number: int) -> None:
             os.sched_setaffinity(0, {allowed[(first + number) % len(allowed)]})
 
 
-def say(text: str, fd: int = 1) -> None:
-    """Write a line for the operator; stdout or stderr may be closed, and that is no reason to stop."""
-    with contextlib.suppress(OSError):
-        os.write(fd, (text + "\n").encode("utf-8", "backslashreplace"))
-
-
 def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: str) -> State:
     """Return the state for *config*; *folder* is where relative paths of secrets start."""
     transport = Transport(config, demo.connect)
@@ -6243,17 +6217,12 @@ def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: by
 
 def serve(options: argparse.Namespace) -> int:
     again = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
-    try:
-        state = again()
-    except ConfigError as error:
-        say(str(error), 2)
-        return EXIT_USAGE
+    state = again()
     try:
         if options.log_file is not None:
             os.close(Log.open(options.log_file))
     except OSError as error:
-        say(f"--log-file {options.log_file}: cannot be opened: {error.strerror}", 2)
-        return EXIT_USAGE
+        raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
     raise_descriptor_limit(state.config)
     threading.stack_size(STACK_BYTES)
     try:
@@ -6268,29 +6237,26 @@ def serve(options: argparse.Namespace) -> int:
     if workers > 1 and sys.platform == "win32":
         say(f"{config_path(options)}: workers: this system cannot fork, so one process serves", 2)
         workers = 1
-
-    shared = Shared(SessionTable(mmap.mmap(-1, SessionTable.BYTES)), Board(workers), int(time.time()))
+    shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
 
-    def serve_one(number: int, lifeline: Optional[socket.socket]) -> int:
+    def load_share() -> State:
+        return share_of(again(), workers)
+
+    def serve_one(number: int) -> int:
         bind_to_core(state.config, number)
         log = Log(options.log_file, options.log_level)
-        current = state
-        if lifeline is not None:
+        current = share_of(state, workers)
+        if workers > 1:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
-                current = again()
-        reload_state = lambda: share_of(again(), workers)  # noqa: E731
-        server = Server(share_of(current, workers), log, reload_state, listener, shared, number, page)
+                current = load_share()
+        server = Server(current, log, load_share, listener, shared, number, page)
         server.catch_signals()
-        if lifeline is not None:
-            server.watch_supervisor(lifeline)
         server.serve_forever()
         log.close()
         return EXIT_OK
 
-    if workers == 1:
-        return serve_one(0, None)
-    return Supervisor(workers, serve_one, lambda message: say(message, 2)).run()
+    return serve_one(0) if workers == 1 else Supervisor(serve_one).run(workers)
 
 
 def share_of(state: State, workers: int) -> State:
@@ -6324,35 +6290,23 @@ def init(_: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
-    try:
-        remark = read_logs(options.files, found, os.isatty(2))
-        if remark:
-            say(remark, 2)
-        if options.json:
-            say(json.dumps(found.as_json()))
-        else:
-            # Windows' console takes bytes for another encoding.
-            encoding = getattr(sys.stdout, "encoding", None) or ""
-            bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
-            say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
-    except ConfigError as error:
-        say(str(error), 2)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    remark = read_logs(options.files, found, os.isatty(2))
+    if remark:
+        say(remark, 2)
+    if options.json:
+        say(json.dumps(found.as_json()))
+    else:
+        # Windows' console takes bytes for another encoding.
+        encoding = getattr(sys.stdout, "encoding", None) or ""
+        bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
+        say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
     return EXIT_OK
 
 
 def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     threading.stack_size(STACK_BYTES)
-    try:
-        found = check_upstreams(load_state(options, DemoBackend(), b""))
-    except ConfigError as error:
-        say(str(error), 2)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    found = check_upstreams(load_state(options, DemoBackend(), b""))
     is_coloured = os.isatty(1) and not os.environ.get("NO_COLOR") and sys.platform != "win32"
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     say(json.dumps(found) if options.json else render_checkups(found, width, is_coloured))
@@ -6376,13 +6330,19 @@ COMMANDS: Final[Mapping[str, Command]] = {
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    while (
-        spare := os.open(os.devnull, os.O_RDWR)
-    ) <= 2:  # started with stdout closed, say: no socket must get its number
+    """Return the exit code; what is wrong with the configuration or with a file is one line on stderr."""
+    # Started with stdout closed, say: no socket must get its number.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
     options = parse_options(arguments)
-    return COMMANDS[options.command].run(options)
+    try:
+        return COMMANDS[options.command].run(options)
+    except ConfigError as error:
+        say(str(error), 2)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -718,27 +718,27 @@ class TicketTest(unittest.TestCase):
             self.assertEqual(caught.exception.status, 401)
 
 
-class BoardTest(unittest.TestCase):
+class SharedTest(unittest.TestCase):
     def test_what_was_published_last_is_read(self):
-        board, tally = plexus_lite.Board(2), plexus_lite.Tally()
-        self.assertEqual(vars(board.read(0)), vars(tally))
+        shared, tally = plexus_lite.Shared(2), plexus_lite.Tally()
+        self.assertEqual(vars(shared.read(0)), vars(tally))
         for _ in range(5):
             tally.add(record_of(), 6000.0)
-            board.publish(1, tally)
-            self.assertEqual(vars(board.read(1)), vars(tally))
-        self.assertEqual(vars(board.read(0)), vars(plexus_lite.Tally()))
+            shared.publish(1, tally)
+            self.assertEqual(vars(shared.read(1)), vars(tally))
+        self.assertEqual(vars(shared.read(0)), vars(plexus_lite.Tally()))
 
     def test_what_is_too_long_or_torn_harms_nobody(self):
-        board, tally, neighbour = plexus_lite.Board(2), plexus_lite.Tally(), tally_of(record_of())
-        board.publish(1, neighbour)
-        board.publish(0, tally)
-        tally.misses.append({"model": "x" * board.HALF_BYTES})
-        board.publish(0, tally)
-        self.assertEqual(vars(board.read(0)), vars(plexus_lite.Tally()))
-        self.assertEqual(vars(board.read(1)), vars(neighbour))
-        place = board._memory.find(b"6b01c344dbe5")
-        board._memory[place : place + 1] = b"7"
-        self.assertEqual(vars(board.read(1)), vars(plexus_lite.Tally()))
+        shared, tally, neighbour = plexus_lite.Shared(2), plexus_lite.Tally(), tally_of(record_of())
+        shared.publish(1, neighbour)
+        shared.publish(0, tally)
+        tally.misses.append({"model": "x" * shared.HALF_BYTES})
+        shared.publish(0, tally)
+        self.assertEqual(vars(shared.read(0)), vars(plexus_lite.Tally()))
+        self.assertEqual(vars(shared.read(1)), vars(neighbour))
+        place = shared._memory.find(b"6b01c344dbe5")
+        shared._memory[place : place + 1] = b"7"
+        self.assertEqual(vars(shared.read(1)), vars(plexus_lite.Tally()))
 
 
 class FeedTest(unittest.TestCase):

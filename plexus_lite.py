@@ -296,7 +296,9 @@ SECRET: Final = {"repr": False}  # kept out of every repr, and so out of every t
 
 def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
     """Return a dataclass field that is also a row of the configuration reference."""
-    return dataclasses.field(default=default, metadata={"check": check, "text": text}, **options)
+    if default is not REQUIRED:
+        options["default_factory"] = lambda: default  # a plain default may be no dict; nobody changes one
+    return dataclasses.field(metadata={"check": check, "text": text, "default": default}, **options)
 
 
 def describe(value: object) -> str:
@@ -312,12 +314,12 @@ def wrong(path: str, wanted: str, value: object) -> ConfigError:
     return ConfigError(path, f"expected {wanted}, found {describe(value)}")
 
 
-def expect(wanted: str, holds: Callable[[Any], bool]) -> Check:
-    """Return a check that lets pass, as it is, what *holds* is true of."""
+def expect(wanted: str, holds: Callable[[Any], object], is_shown: bool = True) -> Check:
+    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value unless *is_shown*."""
 
     def check(value: Any, path: str) -> Any:
         if not holds(value):
-            raise wrong(path, wanted, value)
+            raise wrong(path, wanted, value) if is_shown else ConfigError(path, f"expected {wanted}")
         return value
 
     return check
@@ -330,64 +332,72 @@ def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
     return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
 
 
+def a_text(pattern: str, wanted: str, is_shown: bool = True) -> Check:
+    return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), is_shown)
+
+
 def one_of(*allowed: str) -> Check:
     return expect(" or ".join(json.dumps(item) for item in allowed), lambda value: value in allowed)
 
 
-def a_list(check: Check, wanted: str) -> Check:
+def a_list(check: Check, wanted: str, is_empty_right: bool = True) -> Check:
     def check_list(value: Any, path: str) -> Tuple[Any, ...]:
-        if not isinstance(value, list):
+        if not isinstance(value, list) or not (value or is_empty_right):
             raise wrong(path, wanted, value)
         return tuple(check(item, f"{path}[{index}]") for index, item in enumerate(value))
 
     return check_list
 
 
-a_string: Final = expect("a non-empty string", lambda value: isinstance(value, str) and value != "")
+def a_map(check: Check, wanted: str = "an object") -> Check:
+    """Return a check for an object that has what *check* checks under names of the user's choice."""
+
+    def check_map(value: Any, path: str) -> Dict[str, Any]:
+        if not isinstance(value, dict):
+            raise wrong(path, wanted, value)
+        if "" in value:
+            raise ConfigError(path, "a name must not be empty")
+        return {name: check(item, f"{path}.{name}") for name, item in value.items()}
+
+    return check_map
+
+
+a_string: Final = a_text("(?s).+", "a non-empty string")
 a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
 a_time: Final = a_number(0.001, 86400)
 a_time_or_0: Final = a_number(0, 86400)
 a_size: Final = a_number(1024, 2**40, integer=True)
 a_price: Final = a_number(0, 10**6)
 model_names: Final = a_list(a_string, "a list of model names")
-
-
-def a_secret(value: Any, path: str) -> str:
-    """Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.  Errors never show the value."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?!file:)[\x21-\x7e]+|file:[^\0]+", value):
-        raise ConfigError(path, "expected a non-empty string of visible ASCII characters, or file:PATH")
-    return value
-
-
-def a_worker_count(value: Any, path: str) -> int:
-    """Return the number of processes, 0 for "auto"."""
-    if value == "auto":
-        return 0
-    if type(value) is not int or not 1 <= value <= 256:
-        raise wrong(path, 'a whole number from 1 to 256, or "auto"', value)
-    return value
+an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
+a_worker_count: Final = expect(
+    'a whole number from 1 to 256, or "auto"',
+    lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
+)
+# Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
+a_secret: Final = a_text(
+    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", is_shown=False
+)
+a_field_value: Final = a_text(
+    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", is_shown=False
+)
 
 
 def a_field_name(value: Any, path: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", value):
-        raise wrong(path, "a header field name", value)
+    a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")(value, path)
     if value.lower() in HOP_BY_HOP or value.lower() in {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
-    return value
+    return str(value)
 
 
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    if not isinstance(value, dict):
-        raise wrong(path, "an object of header names and values", value)
     seen: Set[str] = set()
-    for name, text in value.items():
+    for name in value if isinstance(value, dict) else ():
         a_field_name(name, f"{path}.{name}")
         if name.lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
         seen.add(name.lower())
-        if not isinstance(text, str) or not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", text):
-            raise ConfigError(f"{path}.{name}", "expected a string of printable ASCII without spaces around it")
-    return tuple(value.items())
+    return tuple(a_map(a_field_value, "an object of header names and values")(value, path).items())
 
 
 def a_base_url(value: Any, path: str, own: Sequence[str] = ("demo://", "oauth://")) -> str:
@@ -466,12 +476,10 @@ def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any
     return value
 
 
-def replica_urls(value: Any, path: str, wanted: str = "a base URL or a list of them") -> Tuple[str, ...]:
+def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
         return (a_base_url(value, path),)
-    urls: Tuple[str, ...] = a_list(a_base_url, wanted)(value, path)
-    if not urls:
-        raise ConfigError(path, "expected at least one base URL")
+    urls: Tuple[str, ...] = a_list(a_base_url, "at least one base URL", is_empty_right=False)(value, path)
     if len(set(urls)) != len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
@@ -480,7 +488,7 @@ def replica_urls(value: Any, path: str, wanted: str = "a base URL or a list of t
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
-        return {"responses": replica_urls(value, path, "a base URL, a list of them, or an object")}
+        return {"responses": replica_urls(value, path)}
     if not check_object(value, path, APIS):
         raise ConfigError(path, "expected at least one of: chat, responses")
     return {api: replica_urls(urls, f"{path}.{api}") for api, urls in value.items()}
@@ -488,15 +496,15 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
 
 def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
+
+    def access(entry: Any, path: str) -> FrozenSet[str]:
+        apis = check_object(entry, path, ("access_via",)).get("access_via", list(APIS))
+        return frozenset(an_api_list(apis, f"{path}.access_via"))
+
     if isinstance(value, list):
         return {name: frozenset(APIS) for name in model_names(value, path)}
-    if not isinstance(value, dict):
-        raise wrong(path, "a list of model names, or an object", value)
-    table = {}
-    for name, entry in value.items():
-        access = check_object(entry, f"{path}.{name}", ("access_via",)).get("access_via", list(APIS))
-        table[name] = frozenset(a_list(one_of(*APIS), "a list of APIs")(access, f"{path}.{name}.access_via"))
-    return table
+    found: Mapping[str, FrozenSet[str]] = a_map(access, "a list of model names, or an object")(value, path)
+    return found
 
 
 def parse_object(cls: Type[T], value: Any, path: str) -> T:
@@ -508,7 +516,7 @@ def parse_object(cls: Type[T], value: Any, path: str) -> T:
         where = f"{path}.{name}" if path else name
         if name in value:
             found[name] = row.metadata["check"](value[name], where)
-        elif row.default is dataclasses.MISSING and row.default_factory is dataclasses.MISSING:
+        elif row.metadata["default"] is REQUIRED:
             raise ConfigError(where, "missing; it must be set")
     return cls(**found)
 
@@ -518,16 +526,7 @@ def an_object(cls: Type[T]) -> Check:
 
 
 def a_table(cls: Type[T]) -> Check:
-    """Return a check for an object that maps names of the user's choice to objects of one kind."""
-
-    def check(value: Any, path: str) -> Dict[str, T]:
-        if not isinstance(value, dict):
-            raise wrong(path, "an object", value)
-        if "" in value:
-            raise ConfigError(path, "a name must not be empty")
-        return {name: parse_object(cls, entry, f"{path}.{name}") for name, entry in value.items()}
-
-    return check
+    return a_map(an_object(cls))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -622,7 +621,7 @@ class AliasTarget:
 @dataclasses.dataclass(frozen=True)
 class Alias:
     targets: Tuple[AliasTarget, ...] = setting(
-        REQUIRED, a_list(an_object(AliasTarget), "a list of targets"), "where the alias leads"
+        REQUIRED, a_list(an_object(AliasTarget), "at least one target", is_empty_right=False), "where the alias leads"
     )
 
 
@@ -659,14 +658,14 @@ class Config:
     host: str = setting("127.0.0.1", a_string, "address to listen on")
     port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
     tls: Optional[Tls] = setting(None, an_object(Tls), "serve https; absent = http")  # noqa: RUF009
-    keys: Mapping[str, Key] = setting(dataclasses.MISSING, a_table(Key), "clients' keys by name", default_factory=dict)
-    workers: int = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
+    keys: Mapping[str, Key] = setting({}, a_table(Key), "clients' keys by name")
+    workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
     cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
-    models: Mapping[str, Alias] = setting(dataclasses.MISSING, a_table(Alias), "aliases by name", default_factory=dict)
-    prices: Mapping[str, Price] = setting(dataclasses.MISSING, a_table(Price), "by model name", default_factory=dict)
-    limits: Limits = setting(dataclasses.MISSING, an_object(Limits), "sizes, times", default_factory=Limits)  # noqa: RUF009
+    models: Mapping[str, Alias] = setting({}, a_table(Alias), "aliases by name")
+    prices: Mapping[str, Price] = setting({}, a_table(Price), "by model name")
+    limits: Limits = setting(Limits(), an_object(Limits), "sizes, times")  # noqa: RUF009
 
 
 def is_loopback(host: str) -> bool:
@@ -770,8 +769,6 @@ def check_aliases(config: Config) -> None:
             if target.model not in models and "*" not in models:
                 known = ", ".join(sorted(models))
                 raise ConfigError(f"{where}.model", f"{target.provider} has no model {target.model}; it has: {known}")
-        if not alias.targets:
-            raise ConfigError(f"models.{name}.targets", "expected at least one target")
 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
@@ -795,15 +792,13 @@ def check_keys(config: Config) -> None:
 def resolve_sign_in(provider: Provider) -> Provider:
     """Return *provider* with the URL that its oauth:// stands for, and "oauth" as its auth."""
     where = f"providers.{provider.name}"
-    is_oauth = any("oauth://" in urls for urls in provider.api_base_url.values())
-    if is_oauth:
-        misplaced = "api_key" if provider.api_key else "auth" if provider.auth != "key" else None
-    else:
-        misplaced = "auth_file" if provider.auth_file else "oauth_refresh" if provider.oauth_refresh else None
-    if misplaced:
-        raise ConfigError(f"{where}.{misplaced}", f"goes {'not' if is_oauth else 'only'} with oauth://")
-    if not is_oauth:
+    if not any("oauth://" in urls for urls in provider.api_base_url.values()):
+        for name in ("auth_file", "oauth_refresh"):
+            if getattr(provider, name):
+                raise ConfigError(f"{where}.{name}", "goes only with oauth://")
         return provider
+    if provider.api_key or provider.auth != "key":
+        raise ConfigError(f"{where}.{'api_key' if provider.api_key else 'auth'}", "goes not with oauth://")
     if provider.api_base_url != {"responses": ("oauth://",)}:
         raise ConfigError(f"{where}.api_base_url", "oauth:// stands alone: no other URL, no chat")
     return dataclasses.replace(provider, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
@@ -841,14 +836,14 @@ def render_reference() -> str:
         for row in dataclasses.fields(cls):
             if row.metadata:
                 path = f"{title}.{row.name}" if title else row.name
-                lines.append(f"  {path:<40} {row.metadata['text']}{default_note(row)}")
+                lines.append(f"  {path:<40} {row.metadata['text']}{default_note(row.metadata['default'])}")
     return "\n".join(lines)
 
 
-def default_note(row: "dataclasses.Field[Any]") -> str:
-    if row.default is REQUIRED:
-        return "" if row.default_factory is not dataclasses.MISSING else " (required)"
-    return "" if row.default in (None, ()) else f" ({json.dumps(row.default)})"
+def default_note(default: Any) -> str:
+    if default is REQUIRED:
+        return " (required)"
+    return "" if default in (None, (), {}, Limits()) else f" ({json.dumps(default)})"
 
 
 # ---------------------------------------------------------------------------
@@ -6233,7 +6228,7 @@ def serve(options: argparse.Namespace) -> int:
         return EXIT_CANNOT_LISTEN
     hold_signals(True)  # until whoever handles them is ready: the line on stdout invites them
     announce(state.config, listener)
-    workers = state.config.workers or len(cores())
+    workers = len(cores()) if state.config.workers == "auto" else int(state.config.workers)
     if workers > 1 and sys.platform == "win32":
         say(f"{config_path(options)}: workers: this system cannot fork, so one process serves", 2)
         workers = 1

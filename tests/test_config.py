@@ -259,7 +259,7 @@ class EveryKey(ConfigTest):
 
     def test_workers_are_a_number_or_auto(self):
         self.assertEqual(plexus_lite.parse_config(DOCUMENT).workers, 1)
-        self.assertEqual(plexus_lite.parse_config(document((), workers="auto")).workers, 0)  # one per core
+        self.assertEqual(plexus_lite.parse_config(document((), workers="auto")).workers, "auto")
         for value in (0, -1, 1.5, "2", "Auto", True, [1]):
             with self.subTest(repr(value)):
                 self.assertRefused(document((), workers=value), "workers: expected ", "auto")

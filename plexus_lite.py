@@ -3382,10 +3382,6 @@ class Placed(NamedTuple):
     turn_owner: Optional[str] = None  # the place that minted the turn state
     passes_on: FrozenSet[int] = RETRY_STATUSES  # statuses with which the next target is asked
 
-    def renamed(self, target: Target) -> Optional[Tuple[str, str]]:
-        """Return the client's and the upstream's name of the model if they differ."""
-        return None if self.model in (None, target.model) else (self.model or "", target.model)
-
 
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
@@ -4168,7 +4164,8 @@ class Answer:
             self._ids = ResponseIds()
         if exchange.route.action == "forward" and not is_encoded:  # else it was counted when it was made
             exchange.usage = UsageReader(is_stream)
-        fields = answer_fields(head, exchange.placed.renamed(self.target))
+        asked, used = exchange.placed.model, self.target.model
+        fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
         text = "\n".join([head.reason, *[value for _, value in fields]])  # at once: hardly any answer has a secret
         masked = mask(text.encode("latin-1"), self._secrets).decode("latin-1").split("\n")
         fields = [(name, value) for (name, _), value in zip(fields, masked[1:])]
@@ -4273,9 +4270,8 @@ def admit(exchange: Exchange) -> None:
     exchange.record["route"] = route.name
     if route.action == "websocket":
         # Before the key: Codex and pi turn to SSE at once on 426, and wait for seconds on anything else.
-        raise ProxyError(
-            "websocket_not_supported", "WebSockets are not spoken here; use POST", fields=[("Upgrade", "HTTP/1.1")]
-        )
+        message = "WebSockets are not spoken here; use POST"
+        raise ProxyError("websocket_not_supported", message, fields=[("Upgrade", "HTTP/1.1")])
     check_origin(head, config)
     if route.action not in ("health", "page"):
         keys = exchange.state.credentials.keys
@@ -4480,7 +4476,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange, placed = self.exchange, self.exchange.placed
         if placed.body and placed.session.value is not None:
             exchange.prefix = prefix_of(placed.body.members)
-        if all(target.model == placed.model for target in placed.targets):
+        if placed.body and all(target.model == placed.model for target in placed.targets):
             exchange.placed = placed._replace(body=None)
 
     def next_target(self) -> Optional[Target]:
@@ -4519,7 +4515,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({t.provider.account_name() for t in placed.targets}) == 1
         body: Union[bytes, bytearray, None] = exchange.body if head.method == "POST" else None
-        is_edited = placed.body is not None and placed.renamed(target) is not None
+        is_edited = placed.body is not None and placed.model != target.model
         if placed.body and is_edited:
             body = replace_model(placed.body, target.model)
         fields = outbound_fields(

@@ -188,6 +188,7 @@ TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
+UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
 
@@ -3040,12 +3041,12 @@ def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket
 def read_head(sock: socket.socket, attempt: Attempt, max_head: int, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
     """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
     while b"\r\n\r\n" not in data:
+        if len(data) > max_head or not b"HTTP/1.".startswith(data[:7]):
+            raise ConnectionError("it does not answer in HTTP/1.1")
         more = attempt.finish(lambda: sock.recv(RECEIVE_BYTES), sock)
         data += more
         if not more:
             raise ConnectionError("it closed the connection")
-        if len(data) > max_head or not b"HTTP/1.".startswith(data[:7]):
-            raise ConnectionError("it does not answer in HTTP/1.1")
     end = data.index(b"\r\n\r\n") + 4
     return read_answer_head(data[:end]), data[end:]
 
@@ -3423,6 +3424,14 @@ class Exchange:
         self.left: List[str] = []  # the providers that a further target stood in for
         self.last_error: ProxyError = UpstreamError("no target is enabled")
         self.usage: Optional[UsageReader] = None  # of the answer that is relayed
+
+    def forget_body(self) -> None:
+        """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
+        placed = self.placed
+        if placed.body and placed.session.value is not None and not self.prefix:
+            self.prefix = prefix_of(placed.body.members)
+        if self.record["ttfb_ms"] is not None or all(target.model == placed.model for target in placed.targets):
+            self.placed = placed._replace(body=None)
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -4181,6 +4190,8 @@ class Answer:
             self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
         if exchange.usage:
             exchange.usage.feed(payload)
+        if exchange.placed.body:
+            exchange.forget_body()
         if done:
             self.detach(reusable=True)
             connection.finish()
@@ -4195,6 +4206,8 @@ class Answer:
     def tick(self, now: float) -> None:
         connection, keepalive_s = self.connection, self._limits.keepalive_s
         silent_s = now - max(self._quiet_since, self._commented_at)
+        if self.exchange.placed.body:  # the upstream thinks, so there is time for this
+            self.exchange.forget_body()
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
@@ -4461,7 +4474,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.fleet.closed(target)
                 raise
             if upstream:
-                self.after_sending()
+                if exchange.placed.body and not self.server.loop.is_this_thread():
+                    exchange.forget_body()
                 self.server.loop.call(self.server.attach, self.connection, exchange, target, upstream)
             else:  # in the loop, where nothing may wait: the same again in a thread
                 exchange.asks_again = True
@@ -4470,14 +4484,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
 
     do_stored = do_forward
-
-    def after_sending(self) -> None:
-        """The upstream has its request: now there is time to take digests of the body, and to forget it."""
-        exchange, placed = self.exchange, self.exchange.placed
-        if placed.body and placed.session.value is not None:
-            exchange.prefix = prefix_of(placed.body.members)
-        if placed.body and all(target.model == placed.model for target in placed.targets):
-            exchange.placed = placed._replace(body=None)
 
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
@@ -4758,6 +4764,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.body_bytes = 0
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
+        self._ended: List[Exchange] = []  # and not observed yet
         self._draining = False
         self._drain_deadline = math.inf
         self._accept_again_at = math.inf
@@ -4776,6 +4783,7 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             for client in list(self.clients):
                 client.close()
+            self._observe_ended()
             self.server_close()
             self.state.transport.close()
 
@@ -4804,18 +4812,28 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call(turn[1].respond_error, error)
 
     def done(self, exchange: Exchange) -> None:
-        record = exchange.record
-        if exchange.usage:
-            self._explain(exchange, exchange.usage)
-        self.log.record(record)
-        self.tally.add(record, time.time())
-        for provider in exchange.left:
-            self.tally.count("plexus_failovers_total", (provider,))
+        if not self._ended:
+            self.loop.call(self._observe_ended)
+        self._ended.append(exchange)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
+
+    def _observe_ended(self) -> None:
+        """Observe the requests that ended in this round of the loop: after all that clients wait for, and at once."""
+        ended, self._ended = self._ended, []
+        for exchange in ended:
+            self.loop.guard(self._observe, exchange)
+
+    def _observe(self, exchange: Exchange) -> None:
+        if exchange.usage:
+            self._explain(exchange, exchange.usage)
+        self.log.record(exchange.record)
+        self.tally.add(exchange.record, time.time())
+        for provider in exchange.left:
+            self.tally.count("plexus_failovers_total", (provider,))
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""
@@ -4824,14 +4842,19 @@ class Server(http.server.ThreadingHTTPServer):
         record.update(usage.tokens)
         if usage.error:
             exchange.fail(usage.error)
-        if record["input_tokens"] is None or target is None:
+        if target is None:
             return
         prefix = exchange.prefix and digest_of(target.model) + exchange.prefix[DIGEST_BYTES:]  # as it was sent
-        turn = Turn(exchange.started, digest_of(target.place), record["input_tokens"], prefix)
+        tokens = UNKNOWN_TOKENS if record["input_tokens"] is None else record["input_tokens"]
+        turn = Turn(exchange.started, digest_of(target.place), tokens, prefix)
         previous = None
         if session is not None:
             key = bytes.fromhex(text_digest(f"{record['key']} {session}"))[:16]
             previous = self._shared.sessions.replace(key, turn)
+            if previous and tokens == UNKNOWN_TOKENS:  # it was cut: what the upstream knows is the turn before it
+                self._shared.sessions.replace(key, previous)
+        if tokens == UNKNOWN_TOKENS:
+            return
         reason = miss_reason(record["cached_tokens"], turn, previous, session is not None)
         record["miss_reason"], record["prefix_changed_at"] = reason
 
@@ -4844,14 +4867,15 @@ class Server(http.server.ThreadingHTTPServer):
         busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
         resting = self.fleet.resting(now)
         tally.open = {}
+        cooling: Dict[Labels, float] = {}
+        tally.counts["plexus_targets_cooling"] = cooling
         for provider in config.providers.values():
             for url in (url for urls in provider.api_base_url.values() for url in urls):
                 place = Target(provider, url, "").place
                 add_to(tally.rows, ("target", provider.name, url), [0] * len(ROW))
                 rest_s = max((rest for name, rest in resting.items() if name.startswith(place)), default=0.0)
                 tally.open[provider.name, url] = (busy[place], round(rest_s))
-            names = [name for name in resting if name.startswith(provider.name + " ")]
-            tally.counts["plexus_targets_cooling"][(provider.name,)] = len(names)
+            cooling[(provider.name,)] = sum(name.startswith(provider.name + " ") for name in resting)
         tally.counts["plexus_cooldowns_total"] = {(name,): count for name, count in self.fleet.cooldowns().items()}
         tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
         for name, value in process_figures().items():

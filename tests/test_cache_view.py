@@ -58,7 +58,8 @@ class Counting:
             self.refused.append(wish["refuse"])
             return support.answer(503, (), {"error": {"code": "busy"}})
         if "raw" in wish:
-            return support.stream(*(event.encode() for event in wish["raw"]), end=wish.get("end", True))
+            steps = support.stream(*(event.encode() for event in wish["raw"]), end=wish.get("end", True))
+            return [*steps, support.Cut()] if wish.get("cut") else steps
         tokens, cached = wish.get("tokens", (2048, 1920))
         response = support.response_object([support.message_item("hi")], body["model"], "resp_1", tokens, cached)
         if wish.get("gzip"):
@@ -194,6 +195,11 @@ def state_of(pid: int) -> str:
 
 
 class ReasonsTest(ViewCase):
+    def test_a_first_answer_that_was_cut_was_the_first_request_all_the_same(self) -> None:
+        self.start()
+        self.ask("session", stream=True, metadata={"raw": ["data: {}\n\n"], "end": False, "cut": True})
+        self.assertEqual(self.ask("session", metadata={"tokens": (5000, 0)})["miss_reason"], "unknown")
+
     def test_every_reason_and_no_false_one(self) -> None:
         self.start(upstreams=2)
         self.converse("session", [row for row in ROWS if "model" not in row[1]])  # another model may lie elsewhere

@@ -174,9 +174,6 @@ BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams o
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
-EAGER_THREADS: Final = 16  # handler threads started at once; more only when a turn has waited for a tick
-MAX_STARTS: Final = 64  # handler threads started in one tick
-THREAD_IDLE_S: Final = 10.0  # a handler thread without a turn ends
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -4732,8 +4729,6 @@ def process_figures() -> Dict[str, float]:
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket, the loop, the clients, and a thread for each turn of a request."""
 
-    daemon_threads = True
-
     def __init__(
         self,
         state: State,
@@ -4757,10 +4752,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.log = log
         self.started = shared.started
         self._reload_state = reload_state
-        self._turns: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
-        self._handlers_lock = threading.Lock()  # protects _handlers and _spare
-        self._handlers = 0  # threads; not _threads, which ThreadingMixIn has
-        self._spare = 0  # threads without a turn; below 0, turns without a thread
         self.body_bytes = 0
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
@@ -4913,37 +4904,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- what ThreadingHTTPServer asks -----------------------------------
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the turn to a handler thread; starting one costs more than all the rest of a short request."""
-        with self._handlers_lock:
-            self._spare -= 1
-        self._turns.put((request, client_address))
-        if self._spare < 0 and self._handlers < EAGER_THREADS:
-            self._start_threads(1)
-
-    def _start_threads(self, count: int) -> None:
-        for _ in range(count):
-            with self._handlers_lock:
-                self._handlers += 1
-                self._spare += 1
-            threading.Thread(target=self._take_turns, name="handler", daemon=True).start()
-
-    def _take_turns(self) -> None:
-        while True:
-            try:
-                request, client_address = self._turns.get(timeout=THREAD_IDLE_S)
-            except queue.Empty:
-                with self._handlers_lock:
-                    if self._spare > 0:  # else a turn is on its way here
-                        self._handlers -= 1
-                        self._spare -= 1
-                        return
-                continue
-            self.process_request_thread(request, client_address)
-            del request
-            with self._handlers_lock:
-                self._spare += 1
-
     def shutdown_request(self, request: Any) -> None:
         """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
 
@@ -5026,8 +4986,6 @@ class Server(http.server.ThreadingHTTPServer):
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
-        if self._spare < 0:  # every thread is busy, perhaps with an upstream that does not answer: nobody waits for it
-            self._start_threads(min(-self._spare, MAX_STARTS))
         if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
             self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()

@@ -23,7 +23,6 @@ import sys
 import time
 from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
-import plexus_lite
 from tests.support import Proxy, make_config
 
 MIB = 1024 * 1024
@@ -49,7 +48,6 @@ class Scale:
     growth_bytes: int = 8 * MIB
     pool_idle_s: float = 1.0
     stopped_s: float = 1.0  # an upstream that cannot write for so long has been stopped
-    wait_for_threads: bool = True  # they live on for 10 s
 
 
 @dataclasses.dataclass
@@ -382,17 +380,13 @@ class Soak:
             writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
             await read_short(reader)
             files = count_files(pid) - 1  # this connection is one of them
-        if self.scale.wait_for_threads:
-            await asyncio.sleep(plexus_lite.THREAD_IDLE_S + 1)  # the thread that answered ends
         return files, count_threads(pid)
 
     async def settle(self, phase: str, files: int, threads: int) -> None:
         """Wait until the proxy has as few open files and threads as at the start."""
         pid = self.proxy.process.pid
         started = time.monotonic()
-        settled = await wait_until(lambda: count_files(pid) <= files, 15)
-        if self.scale.wait_for_threads:
-            settled = await wait_until(lambda: count_threads(pid) <= threads, 30) and settled
+        settled = await wait_until(lambda: count_files(pid) <= files and count_threads(pid) <= threads, 15)
         now = f"{count_files(pid)} files, {count_threads(pid)} threads"
         self.report.add(phase, "left after it", f"{now} (at the start {files}, {threads})")
         self.report.add(phase, "after", f"{time.monotonic() - started:.1f} s")
@@ -404,8 +398,7 @@ class Soak:
         files, threads = await self.start()
         await self.streams(min(3.0, scale.streams_s / 4))  # the warm-up
         await self.shorts(scale.short // 10)
-        if scale.wait_for_threads:
-            await self.settle("warm-up", files, threads)
+        await self.settle("warm-up", files, threads)
         warm = resident_bytes(pid)
         fates = await self.streams(scale.streams_s)
         report.add("streams", "whole, client left, upstream reset", "{whole}, {left}, {reset}".format(**fates))
@@ -421,7 +414,7 @@ class Soak:
         await self.settle("connect", files, threads)
         now = resident_bytes(pid)
         report.add("connect", "memory after warm-up, now", f"{warm / MIB:.1f} MiB, {now / MIB:.1f} MiB")
-        report.check(now < warm * 1.1 + MIB * (not scale.wait_for_threads), f"memory: {warm} grew to {now} bytes")
+        report.check(now < warm * 1.1 + MIB, f"memory: {warm} grew to {now} bytes")
         await self.beside("beside", scale.idle, scale.slow, scale.beside_s, scale.idle + scale.slow)
         await self.stopped_reader()
         await self.settle("stopped", files, threads)

@@ -21,7 +21,6 @@ SMALL = soak.Scale(
     flood_bytes=40 * soak.MIB,
     pool_idle_s=0.1,
     stopped_s=0.2,
-    wait_for_threads=False,
 )
 
 

@@ -4851,16 +4851,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- what is counted -------------------------------------------------
 
-    def _measure(self) -> None:
-        """Put into the tally what is true now: requests under way, resting targets, figures of the process."""
-        tally, config, now = self.tally, self.state.config, self.loop.now
+    def _publish(self) -> None:
+        """Put into the tally what is true now, too, and show it to the other workers."""
+        tally = self.tally
         exchanges = (client.exchange for client in self.clients)
         busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
-        resting = self.fleet.resting(now)
+        resting = self.fleet.resting(self.loop.now)
         tally.open = {}
         cooling: Dict[Labels, float] = {}
         tally.counts["plexus_targets_cooling"] = cooling
-        for provider in config.providers.values():
+        for provider in self.state.config.providers.values():
             for url in (url for urls in provider.api_base_url.values() for url in urls):
                 place = Target(provider, url, "").place
                 add_to(tally.rows, ("target", provider.name, url), [0] * len(ROW))
@@ -4872,11 +4872,7 @@ class Server(http.server.ThreadingHTTPServer):
         for name, value in process_figures().items():
             tally.counts[name] = {(): value}
         tally.count("process_cpu_seconds_total", (), self._cpu_s)
-
-    def _publish(self) -> None:
-        self._measure()
-        if self._shared.workers > 1:
-            self._shared.publish(self._number, self.tally)
+        self._shared.publish(self._number, tally)
 
     def _total(self) -> Tally:
         """Return the sum over all workers: of the others what they published last.
@@ -6137,13 +6133,12 @@ def raise_descriptor_limit(config: Config) -> None:
         return
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.limits.max_connections + 256
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    wanted = min(2 * config.limits.max_connections + 256, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limits[1]))
 
 
 def cores() -> List[int]:
@@ -6153,16 +6148,15 @@ def cores() -> List[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def bind_to_core(config: Config, number: int) -> None:
-    """Bind this process to a core of its own; not always the first, to which everybody else's first is bound.
+def bind_to_core(number: int) -> None:
+    """Bind this process to one core; *number* is its own, and not always 0, to which everybody else's first is bound.
 
     Without the GIL (3.13t, 3.14t) threads run side by side, and one core for them all would take that away.
     """
-    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if config.cpu_affinity and has_gil and sys.platform == "linux":
-        allowed, first = cores(), os.getpid() if config.workers == 1 else os.getppid()
+    allowed, has_gil = cores(), getattr(sys, "_is_gil_enabled", lambda: True)()
+    if has_gil and sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {allowed[(first + number) % len(allowed)]})
+            os.sched_setaffinity(0, {allowed[number % len(allowed)]})
 
 
 def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: str) -> State:
@@ -6217,7 +6211,8 @@ def serve(options: argparse.Namespace) -> int:
         return share_of(again(), workers)
 
     def serve_one(number: int) -> int:
-        bind_to_core(state.config, number)
+        if state.config.cpu_affinity:
+            bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
         current = share_of(state, workers)
         if workers > 1:
@@ -6234,13 +6229,9 @@ def serve(options: argparse.Namespace) -> int:
 
 def share_of(state: State, workers: int) -> State:
     """Return *state* with one process' share of the limits that are for all processes together."""
-    limits = state.config.limits
-    limits = dataclasses.replace(
-        limits,
-        max_connections=math.ceil(limits.max_connections / workers),
-        max_buffered_bytes=math.ceil(limits.max_buffered_bytes / workers),
-    )
-    return state._replace(config=dataclasses.replace(state.config, limits=limits))
+    config, names = state.config, ("max_connections", "max_buffered_bytes")
+    share = {name: math.ceil(getattr(config.limits, name) / workers) for name in names}
+    return state._replace(config=dataclasses.replace(config, limits=dataclasses.replace(config.limits, **share)))
 
 
 def announce(config: Config, listener: socket.socket) -> None:

@@ -523,10 +523,6 @@ def an_object(cls: Type[T]) -> Check:
     return lambda value, path: parse_object(cls, value, path)
 
 
-def a_table(cls: Type[T]) -> Check:
-    return a_map(an_object(cls))
-
-
 @dataclasses.dataclass(frozen=True)
 class Limits:
     max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
@@ -652,17 +648,17 @@ class Tls:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    providers: Mapping[str, Provider] = setting(REQUIRED, a_table(Provider), "upstreams by name")
+    providers: Mapping[str, Provider] = setting(REQUIRED, a_map(an_object(Provider)), "upstreams by name")
     host: str = setting("127.0.0.1", a_string, "address to listen on")
     port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
     tls: Optional[Tls] = setting(None, an_object(Tls), "serve https; absent = http")  # noqa: RUF009
-    keys: Mapping[str, Key] = setting({}, a_table(Key), "clients' keys by name")
+    keys: Mapping[str, Key] = setting({}, a_map(an_object(Key)), "clients' keys by name")
     workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
     cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
-    models: Mapping[str, Alias] = setting({}, a_table(Alias), "aliases by name")
-    prices: Mapping[str, Price] = setting({}, a_table(Price), "by model name")
+    models: Mapping[str, Alias] = setting({}, a_map(an_object(Alias)), "aliases by name")
+    prices: Mapping[str, Price] = setting({}, a_map(an_object(Price)), "by model name")
     limits: Limits = setting(Limits(), an_object(Limits), "sizes, times")  # noqa: RUF009
 
 
@@ -820,22 +816,18 @@ def parse_config(value: Any) -> Config:
 
 def render_reference() -> str:
     """Return every configuration key with its default and description, one a line; --help and the README have it."""
-    lines = []
-    for title, cls in (
-        ("", Config),
-        ("tls", Tls),
-        ("keys.NAME", Key),
-        ("providers.NAME", Provider),
-        ("models.NAME", Alias),
-        ("models.NAME.targets[]", AliasTarget),
-        ("prices.NAME", Price),
-        ("limits", Limits),
-    ):
-        for row in dataclasses.fields(cls):
-            if row.metadata:
-                path = f"{title}.{row.name}" if title else row.name
-                lines.append(f"  {path:<40} {row.metadata['text']}{default_note(row.metadata['default'])}")
-    return "\n".join(lines)
+    sections: Mapping[str, Any] = {
+        "": Config,
+        "tls.": Tls,
+        "keys.NAME.": Key,
+        "providers.NAME.": Provider,
+        "models.NAME.": Alias,
+        "models.NAME.targets[].": AliasTarget,
+        "prices.NAME.": Price,
+        "limits.": Limits,
+    }
+    rows = [(path + row.name, row.metadata) for path, cls in sections.items() for row in dataclasses.fields(cls)]
+    return "\n".join(f"  {path:<40} {row['text']}{default_note(row['default'])}" for path, row in rows if row)
 
 
 def default_note(default: Any) -> str:

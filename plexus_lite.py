@@ -301,11 +301,9 @@ def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
 
 def describe(value: object) -> str:
     """Return what was found, short enough for one line."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    if isinstance(value, str):
-        return json.dumps(value if len(value) <= 60 else value[:57] + "...")
-    return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
 
 
 def wrong(path: str, wanted: str, value: object) -> ConfigError:
@@ -683,13 +681,11 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
         return value
 
     def replace(found: "re.Match[str]") -> str:
-        name, default = found.group(1), found.group(2)
-        if default is not None:
-            return variables.get(name) or default
-        if name not in variables:
+        name, default = found.groups()
+        if default is None and name not in variables:
             remedy = f"${{{name}:-default}} gives a default"
             raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
-        return variables[name]
+        return variables.get(name) or default or ""
 
     return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value)
 
@@ -733,11 +729,10 @@ def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, 
     """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
     if models is None:
         enabled = [provider for provider in config.providers.values() if provider.enabled]
-        found = [(provider, url) for provider in enabled for url in provider.api_base_url.get("responses", ())]
+        places = [Target(one, url, "") for one in enabled for url in one.api_base_url.get("responses", ())]
     else:
         targets = [target for name in models for target in targets_of(config, name, "responses")]
-        found = [(target.provider, target.base_url) for target in targets]
-    places = [Target(provider, url, "") for provider, url in found]
+        places = [Target(target.provider, target.base_url, "") for target in targets]
     return tuple({place.id: place for place in places}.values())
 
 
@@ -803,9 +798,8 @@ def parse_config(value: Any) -> Config:
     config = parse_object(Config, value, "")
     if not config.providers:
         raise ConfigError("providers", "expected at least one provider")
-    named = {name: dataclasses.replace(provider, name=name) for name, provider in config.providers.items()}
-    named = {name: resolve_sign_in(provider) for name, provider in named.items()}
-    config = dataclasses.replace(config, providers=named)
+    named = [dataclasses.replace(provider, name=name) for name, provider in config.providers.items()]
+    config = dataclasses.replace(config, providers={one.name: resolve_sign_in(one) for one in named})
     check_aliases(config)
     check_keys(config)
     if not config.keys and not config.allow_anonymous and not is_loopback(config.host):

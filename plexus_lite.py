@@ -11,12 +11,15 @@ headers that a backend routes its cache by; everything else passes through untou
     python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
     python plexus_lite.py --help          every option and every configuration key
 
-How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets):
+How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets, and a
+Handler gets a thread of its own where it has to wait or to compute for long):
 
-    client --HTTP/1.1--> Loop: head, body --> Handler (a thread): JSON, policy, placement, connect, send
+    client --HTTP/1.1--> Loop: head, body --> Handler: JSON, policy, placement, credential, send
        ^                                                                          |
        |                                                                     HTTP/1.1
        +--- bytes as they arrive --- Loop: answer head, relay <------------ upstream
+                                           |
+                                           +--copy--> usage, reasons for a miss --> log, /metrics, page
 
 Table of contents (each room uses only rooms above it; everything above the waterline is free of I/O):
 
@@ -26,7 +29,7 @@ Table of contents (each room uses only rooms above it; everything above the wate
      4  Messages        HTTP/1.1 and JSON readers: bytes in, values or an error out
      5  Policy          routes, keys, session value, headers both ways, the model's span
      6  Placement       which upstream gets a conversation
-     7  Observation     what the access log says of a request
+     7  Observation     usage, why a request missed the cache, log record, metrics
      --- waterline ---
      8  Credentials     keys in files, Codex sign-ins
      9  Transport       urllib opener over pooled connections, TLS, forward proxies

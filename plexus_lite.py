@@ -6181,6 +6181,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
     raise_descriptor_limit(state.config)
     threading.stack_size(STACK_BYTES)
+    first = threading.Thread(target=int)
+    first.start()  # when its first thread ends, Python 3.8 loads libgcc: without a descriptor left it would abort
+    first.join()
     try:
         listener = listen(state.config.host, state.config.port)
     except (OSError, OverflowError) as error:

@@ -170,6 +170,8 @@ HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: 
 MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what follows: 50,000 empty ones take minutes
 ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, what RFC 9659 allows a zstd body; its header alone could claim gigabytes
 MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
+QUIET_S: Final = 0.002  # requests that ended are looked at after this long without work: their clients come first
+MAX_ENDED: Final = 4  # or when there are so many: all at once must not keep other clients waiting
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
 HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
@@ -3455,6 +3457,8 @@ class Loop:
         self._stopped = False
         self._thread = 0
         self.now = time.monotonic()
+        self.patience_s = TICK_S  # when nothing has happened for so long, it is quiet
+        self.on_quiet: Callable[[], None] = lambda: None
         self.on_tick: Callable[[float], None] = lambda now: None
         self.on_wake: Callable[[], None] = lambda: None
         self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
@@ -3502,8 +3506,10 @@ class Loop:
         next_tick = 0.0
         self._thread = threading.get_ident()
         while not self._stopped:
-            ready = self._selector.select(0 if self._calls else TICK_S)
+            ready = self._selector.select(0 if self._calls else self.patience_s)
             self.now = time.monotonic()
+            if not ready:
+                self.on_quiet()
             for key, events in ready:
                 if key.fileobj in self._watched:  # still: the ones before it may have closed it
                     self.guard(key.data, events)
@@ -4176,8 +4182,6 @@ class Answer:
             self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
         if exchange.usage:
             exchange.usage.feed(payload)
-        if exchange.placed.body:
-            exchange.forget_body()
         if done:
             self.detach(reusable=True)
             connection.finish()
@@ -4745,12 +4749,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
         self._ended: List[Exchange] = []  # and not observed yet
+        self._max_ended = 1 if shared.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._draining = False
         self._drain_deadline = math.inf
         self._accept_again_at = math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class made one for itself
         self.socket = listener
+        self.loop.on_quiet = self._observe_ended
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
         self.loop.on_error = self._end_broken
@@ -4792,9 +4798,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call(turn[1].respond_error, error)
 
     def done(self, exchange: Exchange) -> None:
-        if not self._ended:
-            self.loop.call(self._observe_ended)
         self._ended.append(exchange)
+        self.loop.patience_s = QUIET_S
+        if len(self._ended) == self._max_ended:
+            self.loop.call(self._observe_ended)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
@@ -4802,12 +4809,15 @@ class Server(http.server.ThreadingHTTPServer):
         return self._draining
 
     def _observe_ended(self) -> None:
-        """Observe the requests that ended in this round of the loop: after all that clients wait for, and at once."""
+        """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
         ended, self._ended = self._ended, []
+        self.loop.patience_s = TICK_S
         for exchange in ended:
             self.loop.guard(self._observe, exchange)
 
     def _observe(self, exchange: Exchange) -> None:
+        if exchange.placed.body:
+            exchange.forget_body()
         if exchange.usage:
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
@@ -4868,6 +4878,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         What is shown is published first, so that what another worker shows next is never less.
         """
+        self._observe_ended()
         self._publish()
         others = (self._shared.read(number) for number in range(self._shared.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
@@ -4963,6 +4974,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _tick(self, now: float) -> None:
         for client in list(self.clients):
             self.loop.guard(client.tick, now)
+        self._observe_ended()  # on a busy day it is never quiet
         self.state.transport.expire(now)
         if self._shared.workers > 1:
             self._publish()

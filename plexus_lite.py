@@ -190,6 +190,7 @@ TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
+MAX_DIGESTED_BYTES: Final = 8 * MIB  # digests need two copies of the largest item, and the GIL for a ms per MB
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
@@ -3416,7 +3417,8 @@ class Exchange:
     def forget_body(self) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
         placed = self.placed
-        if placed.body and placed.session.value is not None and not self.prefix:
+        is_wanted = placed.session.value is not None and not self.prefix and len(self.body) <= MAX_DIGESTED_BYTES
+        if placed.body and is_wanted:
             self.prefix = prefix_of(placed.body.members)
         if self.record["ttfb_ms"] is not None or all(target.model == placed.model for target in placed.targets):
             self.placed = placed._replace(body=None)

@@ -451,11 +451,16 @@ def join_authority(host: str, port: int) -> str:
 
 
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
-    """Return "env", or the forward proxy that a URL names.  Errors never show the value: a password may stand in it."""
-    if value == "env":
-        return "env"
+    """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
+    if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
+        return value
+    return a_proxy_url(value, path, '"env", file:PATH or ')
+
+
+def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
+    """Return the forward proxy that a URL names.  Errors never show the value: a password may stand in it."""
     problem = ConfigError(
-        path, 'expected "env" or a URL like "http://user:password@host:3128" (special characters as %XX)'
+        path, f'expected {others}a URL like "http://user:password@host:3128" (special characters as %XX)'
     )
     parts = split_url(value, problem)
     if parts.path.strip("/") or parts.query or parts.fragment:
@@ -590,7 +595,7 @@ class Provider:
     client_cert: Optional[str] = setting(None, a_string, "PEM file of our certificate, for upstreams that ask for one")
     client_key: Optional[str] = setting(None, a_string, "PEM file of its key, unencrypted; default: in client_cert")
     proxy: Union[str, ForwardProxy, None] = setting(  # noqa: RUF009
-        None, a_proxy, 'http://[user:password@]host:port, or "env" for HTTPS_PROXY, NO_PROXY', **SECRET
+        None, a_proxy, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', **SECRET
     )
     connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
     first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
@@ -2632,6 +2637,8 @@ class Credentials:
         self._key_files = {name: self._open(f"keys.{name}.secret", secret) for name, secret in keys}
         self.keys = self._found = self._read_keys()  # the clients'
         check_secrets(self.keys)
+        # With the forward proxies that stand in files, which are read only here: connections are made with them.
+        self.providers = {name: self._with_proxy(provider) for name, provider in config.providers.items()}
         self._sources: Dict[str, WatchedFile] = {}  # by provider
         for name, provider in config.providers.items():
             if provider.enabled and provider.auth == "oauth":
@@ -2649,6 +2656,13 @@ class Credentials:
         if file.problem:
             raise ConfigError(where, f"{file.path}: {file.problem}")
         return file
+
+    def _with_proxy(self, provider: Provider) -> Provider:
+        if not provider.enabled or not isinstance(provider.proxy, str) or provider.proxy == "env":
+            return provider
+        where = f"providers.{provider.name}.proxy"
+        file = self._open(where, provider.proxy)
+        return dataclasses.replace(provider, proxy=a_proxy_url(file.value, f"{where}: {file.path}"))
 
     def _read_keys(self) -> Mapping[str, Key]:
         files = self._key_files.items()
@@ -3085,15 +3099,14 @@ def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
 
 def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     """Return the forward proxy on the way to *base_url*; the environment has a say only if the provider wants it."""
-    if isinstance(provider.proxy, ForwardProxy) or provider.proxy is None:
-        return provider.proxy
+    if provider.proxy != "env":
+        return provider.proxy if isinstance(provider.proxy, ForwardProxy) else None
     url = urllib.parse.urlsplit(base_url)
     found = urllib.request.getproxies().get(url.scheme)
     if not found or urllib.request.proxy_bypass(url.netloc):
         return None
     path = f"providers.{provider.name}.proxy: {url.scheme.upper()}_PROXY"
-    proxy = a_proxy(found if "://" in found else "http://" + found, path)  # others take host:port there, too
-    return proxy if isinstance(proxy, ForwardProxy) else None
+    return a_proxy_url(found if "://" in found else "http://" + found, path)  # others take host:port there, too
 
 
 def start_tls(
@@ -6164,8 +6177,10 @@ def bind_to_core(number: int) -> None:
 
 def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: str) -> State:
     """Return the state for *config*; *folder* is where relative paths of secrets start."""
+    # The transport needs the proxies that stand in files, and is there when an issuer is asked.
+    credentials = Credentials(config, folder, lambda provider, form: transport.post_form(provider, form))  # noqa: PLW0108
+    config = dataclasses.replace(config, providers=credentials.providers)
     transport = Transport(config, demo.connect)
-    credentials = Credentials(config, folder, transport.post_form)
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
     has_places = len(places_of(config, None)) > 1
     tls = make_server_context(config.tls) if config.tls else None

@@ -6,6 +6,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ from tests.support import (
     make_config,
     post,
     render_head,
+    run_cli,
 )
 from tests.test_transport import CA_FILE, SERVER_FILE, TransportTest, refusing_port
 
@@ -248,6 +250,59 @@ class EnvironmentTest(TransportTest):
         self.assertEqual(targets, ["http://a.invalid/v1/responses", "b.invalid:443"])
         self.assertEqual(post(proxy.port, "/v1/responses", {"model": "gpt-test"}).status, 200)
         self.assertEqual((len(forward.requests), self.upstream.requests[0].target), (2, "/v1/responses"))
+
+
+class FileTest(TransportTest):
+    """A provider's proxy is file:forward."""
+
+    def setUp(self):
+        self.forward = enter(self.addCleanup, FakeProxy())
+        gw = {"api_base_url": "http://a.invalid/v1", "models": ["m"], "proxy": "file:forward"}
+        off = {**gw, "proxy": "file:missing", "enabled": False}
+        self.proxy = Proxy({"providers": {"gw": gw, "off": off}})
+        self.addCleanup(shutil.rmtree, self.proxy.folder, ignore_errors=True)
+        self.path = os.path.join(self.proxy.folder, "forward")
+
+    def write(self, text: str, mode: int = 0o600) -> None:
+        with open(self.path, "w", encoding="ascii") as file:
+            file.write(text)
+        os.chmod(self.path, mode)
+
+    def reload(self, words: str) -> str:
+        self.proxy.process.send_signal(signal.SIGHUP)
+        return str(self.proxy.wait_for_record(lambda one: words in one.get("message", ""))["message"])
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs SIGHUP")
+    def test_url_in_a_file_is_read_at_start_and_on_sighup(self):
+        self.write(f"http://ann:wrong@127.0.0.1:{self.forward.port}\n", 0o644)
+        with self.proxy:
+            self.assertEqual(post(self.proxy.port, "/v1/responses", BODY).status, 502)
+            warning = f"providers.gw.proxy: others may use {self.path} (mode 0644)"
+            self.proxy.wait_for_record(lambda one: warning in one.get("message", ""))
+            self.write(f"http://{USER_INFO}@127.0.0.1:{self.forward.port}\n")
+            self.reload("configuration reloaded")
+            self.assertEqual(post(self.proxy.port, "/v1/responses", BODY).json(), {"from": "proxy"})
+            self.write("")
+            self.assertIn(f"providers.gw.proxy: {self.path}: is empty", self.reload("not reloaded"))
+            self.assertEqual(post(self.proxy.port, "/v1/responses", BODY).json(), {"from": "proxy"})
+        for secret in (TOKEN, PASSWORD, USER_INFO):
+            self.assertNotIn(secret, self.proxy.error_text())
+
+    def test_what_cannot_be_used_is_one_line_with_key_and_file_and_without_the_password(self):
+        for text, words in (
+            ("http://ann:s3cret@proxy:port", "expected a URL like"),
+            ("https://ann:s3cret@proxy", "TLS to the proxy itself"),
+            ("s3cret s3cret", "must hold one line"),
+            ("env", "expected a URL like"),
+            ("file:s3cret", "expected a URL like"),
+        ):
+            with self.subTest(text):
+                self.write(text)
+                done = run_cli("check", "--config", self.proxy.config_path)
+                self.assertEqual((done.returncode, done.stdout), (plexus_lite.EXIT_USAGE, ""))
+                (line,) = done.stderr.splitlines()
+                self.assertIn(f"config.json: providers.gw.proxy: {self.path}: {words}", line)
+                self.assertNotIn("s3cret", line)
 
 
 class ConfigTest(unittest.TestCase):

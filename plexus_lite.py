@@ -5830,6 +5830,7 @@ STATUSES: Final = (
     ("2.. page", "FAIL", "a web page, no API; check {}.api_base_url"),
     ("2..", "warn", "no list of models; is this the API? check {}.api_base_url"),
     ("3..", "FAIL", "a redirect, and none is followed; check {}.api_base_url"),
+    ("400 page", "FAIL", "a web page refuses; does it want https, or a client certificate? check {}"),  # nginx says so
     ("400", "warn", "malformed to it; does it want https, or one spelling only (session_headers)? check {}"),
     ("40[13] page", "FAIL", "a web page refuses: a login or firewall before the API? check {}.api_base_url"),
     ("40[13]", "FAIL", "the key is refused; check {}.{}"),

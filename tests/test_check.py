@@ -91,6 +91,7 @@ class Judgements(unittest.TestCase):
             (200, (), "warn", "no list of models"),
             (308, (), "FAIL", "a redirect, and none is followed"),
             (400, (), "warn", "session_headers"),
+            (400, page, "FAIL", "a client certificate? check providers.gw"),
             (401, (), "FAIL", "the key is refused; check providers.gw.api_key"),
             (403, (), "FAIL", "the key is refused"),
             (403, page, "FAIL", "a login or firewall"),

@@ -3215,8 +3215,10 @@ def explain_refusal(
         if attempt.provider.ca_file:
             missing = f"which is neither among the system's roots nor in {path}.ca_file"
         why = f"is signed by {describe(shown.issuer)}, {missing}"
-    elif shown and code == 10 and shown.not_after < now:  # else it is a CA's that has expired
+    elif shown and code == 10 and shown.not_after < now:
         why = f"expired on {shown.not_after:%Y-%m-%d}"
+    elif shown and code == 10:
+        why = f"is signed by {describe(shown.issuer)}: that certificate or one above it has expired; check {path}.ca_file"
     elif shown and code == 9 and shown.not_before > now:
         why = f"is not valid before {shown.not_before:%Y-%m-%d}; check the clock of this machine"
     elif shown and code in (62, 64):  # another host name, another address

@@ -2407,6 +2407,7 @@ def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
+SECRET_FILE_BYTES: Final = 64 * KIB  # a larger one is something else; a Codex sign-in takes 5 KiB
 RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI has the same
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
 LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
@@ -2445,7 +2446,9 @@ class WatchedFile:
                 if not stat.S_ISREG(mode):  # to open a FIFO could take for ever
                     raise ValueError("is not a regular file")
                 with open(self.path, "rb") as file:
-                    content = file.read(MIB)
+                    content = file.read(SECRET_FILE_BYTES + 1)
+                if len(content) > SECRET_FILE_BYTES:  # its beginning would be a secret as well
+                    raise ValueError(f"is larger than {SECRET_FILE_BYTES} bytes")
                 if content != self._content:
                     self.value, self._content = self._parse(content), content
                 if os.name == "posix" and mode & 0o077 and mode != self._mode:

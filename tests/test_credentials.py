@@ -162,8 +162,10 @@ class Secrets(FolderTest):
         self.write("lines", b"SECRET\nSECRET\n")
         self.write("space", b"SECRET x\n")
         self.write("umlaut", "SECRET\u00e9".encode())
+        self.write("large", b"SECRET" * 20_000)
         os.mkdir(self.path("folder"))
         rows = [("missing", "No such file"), ("empty", "is empty"), ("blank", "is empty"), ("lines", "one line")]
+        rows += [("large", "is larger than 65536 bytes")]
         rows += [("space", "visible ASCII"), ("umlaut", "visible ASCII"), ("folder", "regular")]
         if POSIX:
             os.mkfifo(self.path("fifo"))

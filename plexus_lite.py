@@ -3221,7 +3221,9 @@ def explain_refusal(
     elif shown and code == 10 and shown.not_after < now:
         why = f"expired on {shown.not_after:%Y-%m-%d}"
     elif shown and code == 10:
-        why = f"is signed by {describe(shown.issuer)}: that certificate or one above it has expired; check {path}.ca_file"
+        why = (
+            f"is signed by {describe(shown.issuer)}: that certificate or one above it has expired; check {path}.ca_file"
+        )
     elif shown and code == 9 and shown.not_before > now:
         why = f"is not valid before {shown.not_before:%Y-%m-%d}; check the clock of this machine"
     elif shown and code in (62, 64):  # another host name, another address
@@ -4790,6 +4792,7 @@ class Server(http.server.ThreadingHTTPServer):
             for client in list(self.clients):
                 client.close()
             self._observe_ended()
+            self._pass_on_warnings()  # the last may be of tokens that end with this process
             self.server_close()
             self.state.transport.close()
 
@@ -4998,14 +5001,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.state.transport.expire(now)
         if self._shared.workers > 1:
             self._publish()
-        for warning in self.state.credentials.look_again():
-            self.log.event("warning", warning)
+        self._pass_on_warnings()
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
             self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
         if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
             self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
+
+    def _pass_on_warnings(self) -> None:
+        for warning in self.state.credentials.look_again():
+            self.log.event("warning", warning)
 
     def _stop_if_drained(self) -> None:
         if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
@@ -5036,6 +5042,7 @@ class Server(http.server.ThreadingHTTPServer):
         except ConfigError as error:
             self.log.event("error", f"configuration not reloaded: {error}")
             return
+        self._pass_on_warnings()
         old, self.state = self.state, state
         old.transport.close()
         self.log.event("warning", "configuration reloaded")

@@ -903,6 +903,22 @@ class Running(unittest.TestCase):
         self.assertRegex(refused["message"], r"providers\.keyed\.api_key: .*up\.key: cannot be read: No such file")
         self.assertEqual(self.ask("keyed").status, 200)
 
+    def test_what_there_is_to_warn_of_is_said_before_the_end(self):
+        up = {
+            "api_base_url": {"responses": "oauth://"},
+            "models": ["m"],
+            "auth_file": "auth.json",
+            "oauth_refresh": True,
+        }
+        up.update(oauth_base_url=self.issuer.base_url, oauth_token_url=self.issuer.base_url + "/oauth/token")
+        proxy = Proxy({"providers": {"up": up}})
+        with open(os.path.join(proxy.folder, "auth.json"), "w", encoding="ascii") as file:
+            json.dump({"tokens": {"access_token": access(-5), "refresh_token": self.issuer.issue()}}, file)
+        os.mkdir(os.path.join(proxy.folder, "auth.json.new"))
+        with proxy:
+            self.assertEqual(post(proxy.port, "/v1/responses", {"model": "m"}).status, 200)
+        self.assertIn("the new tokens are not in the file yet: [Errno", proxy.error_text())
+
     def test_a_missing_secret_is_one_line_at_start(self):
         config = {**self.config, "keys": {"team": {"secret": "file:nowhere.key"}}}
         with tempfile.TemporaryDirectory() as folder:

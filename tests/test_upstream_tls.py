@@ -187,7 +187,11 @@ class RefusalTest(unittest.TestCase):
         for code, shown, words in (
             (20, good, 'is signed by "CA\\u001b[2J", which is not trusted'),
             (20, None, "is refused: as OpenSSL says"),
-            (10, good, 'is signed by "CA\\u001b[2J": that certificate or one above it has expired; check providers.gw.ca'),
+            (
+                10,
+                good,
+                'is signed by "CA\\u001b[2J": that certificate or one above it has expired; check providers.gw.ca',
+            ),
             (10, good._replace(not_after=long_ago), "expired on 1970-01-01"),
             (9, good, "is refused: as OpenSSL says"),
             (9, good._replace(not_before=far), "is not valid before 2096-01-01; check the clock of this machine"),

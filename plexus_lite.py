@@ -2456,7 +2456,7 @@ class WatchedFile:
                 self._mode = mode
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 problem = str(error)
             if problem and problem != self.problem:
                 kept = "" if self.value is None else "; what it held before stays in use"
@@ -2499,6 +2499,14 @@ def read_tokens(auth: Any) -> Tokens:
     expires: Any = claims[0].get("exp")
     is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
     return Tokens(auth, tuple(fields), tokens.get("refresh_token", ""), expires if is_time else math.inf)
+
+
+def read_sign_in(content: bytes) -> Tokens:
+    try:
+        auth = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON: {error}") from None
+    return read_tokens(auth)
 
 
 def jwt_claims(token: str) -> Dict[str, Any]:
@@ -2561,7 +2569,7 @@ class SignIn(WatchedFile):
 
     def __init__(self, provider: Provider, path: str, ask_issuer: AskIssuer, warn: Warn) -> None:
         where = f"providers.{provider.name}.auth_file"
-        super().__init__(path, where, lambda content: read_tokens(json.loads(content)), warn)
+        super().__init__(path, where, read_sign_in, warn)
         self._provider = provider
         self._ask_issuer = ask_issuer
         self._turn = threading.Lock()  # held by the thread that renews

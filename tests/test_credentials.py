@@ -333,7 +333,7 @@ class ReadingSignIns(SignInTest):
             ("missing", None),
             ("empty", b""),
             ("no JSON", b"{"),
-            ("deep", b"[" * 200_000),
+            ("deep", b"[" * 60_000),
             ("a list", []),
             ("an API key only", {"OPENAI_API_KEY": "sk-SECRET"}),
             ("tokens of another kind", {"tokens": "SECRET"}),
@@ -355,6 +355,7 @@ class ReadingSignIns(SignInTest):
                 self.assertIn("codex login", caught.exception.message)
                 (warning,) = credentials.look_again()
                 self.assertIn(f"providers.up.auth_file: {self.path('auth.json')}: ", warning)
+                self.assertEqual(name in ("empty", "no JSON", "deep"), "auth.json: is not valid JSON: " in warning)
                 self.assertNotIn("SECRET", warning + caught.exception.message)
                 self.sign_in("at-new")
                 self.assertEqual(self.sent(credentials), "at-new")

@@ -2520,7 +2520,7 @@ def jwt_claims(token: str) -> Dict[str, Any]:
 
 
 def open_private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o600)  # a FIFO would keep us for ever
 
 
 @contextlib.contextmanager

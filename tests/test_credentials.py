@@ -570,6 +570,18 @@ class Renewal(SignInTest):
         self.assertEqual(read_json(path)["tokens"]["access_token"], token)
         self.assertEqual(len(self.issuer.spent), 1)
 
+    @unittest.skipUnless(POSIX, "FIFOs are POSIX'")
+    def test_a_fifo_in_the_place_of_the_lock_keeps_nobody_waiting(self):
+        path = self.sign_in(access(-1))
+        os.mkfifo(path + ".lock")
+        credentials = self.make()
+        alarm = threading.Timer(5, lambda: os.close(os.open(path + ".lock", os.O_RDONLY | os.O_NONBLOCK)))
+        alarm.start()  # lets go who waits
+        self.addCleanup(alarm.cancel)
+        self.sent(credentials)
+        self.assertIn("the tokens were not renewed: ", credentials.look_again()[0])
+        self.assertEqual(self.issuer.spent, [])
+
     @unittest.skipUnless(POSIX, "owners are POSIX'")
     def test_the_file_stays_its_owner_s(self):
         """A proxy that runs as root must not lock the user's own Codex out."""

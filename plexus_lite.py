@@ -5915,6 +5915,24 @@ def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> Lis
     return notes
 
 
+def notes_on_our_certificates(config: Config) -> List[str]:
+    """Return which of those that we show end soon, or have ended: no row tells, for only the other side looks."""
+    files = [("tls.cert", config.tls.cert)] if config.tls else []
+    enabled = [(f"providers.{one.name}.client_cert", one) for one in config.providers.values() if one.enabled]
+    files += [(where, one.client_cert) for where, one in enabled if one.client_cert]
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(EXPIRES_SOON_DAYS)
+    notes = []
+    for where, path in files:
+        with contextlib.suppress(OSError, ValueError, IndexError), open(
+            path, encoding="latin-1"
+        ) as file:  # OpenSSL could
+            pem = file.read().partition("-----BEGIN CERTIFICATE-----")[1:]
+            end = "-----END CERTIFICATE-----"
+            shown = read_certificate(ssl.PEM_cert_to_DER_cert("".join(pem).partition(end)[0] + end))
+            notes += [f"{where}: {path} is good until {shown.not_after:%Y-%m-%d}"] if shown.not_after < soon else []
+    return notes
+
+
 def render_checkups(found: Mapping[str, Any], width: int, is_coloured: bool) -> str:
     """Return what check_upstreams has found, for a terminal of *width* columns."""
     lines: List[str] = []
@@ -6078,7 +6096,8 @@ def check_upstreams(state: State) -> Dict[str, Any]:
         verdict = max((row["verdict"] for row in findings), key=list(COLOURS).index)
         facts = {"provider": one.target.provider.name, "base_url": one.target.base_url, "verdict": verdict}
         upstreams.append({**facts, "findings": findings})
-    return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
+    notes = [*state.credentials.look_again(), *notes_on_our_certificates(state.config)]
+    return {"upstreams": upstreams, "notes": [*notes, *notes_on(os.environ, providers)]}
 
 
 # ---------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tests.support import (
 from tests.test_credentials import access
 from tests.test_forward_proxy import USER_INFO, FakeProxy
 from tests.test_transport import CA_FILE, refusing_port, silent_port, talking_port
-from tests.test_upstream_tls import CA_NAME, EXPIRED_FILE, Folder, tls_upstream
+from tests.test_upstream_tls import CA_NAME, CLIENT_FILE, EXPIRED_FILE, Folder, tls_upstream
 
 KEY = "sk-very-secret"
 Providers = Mapping[str, Mapping[str, Any]]
@@ -321,6 +321,17 @@ class Answers(Checks):
         os.chmod(path, 0o644)
         found = examine({"up": {"api_base_url": "demo://", "api_key": "file:" + path}})
         self.assertIn(f"providers.up.api_key: others may use {path} (mode 0644)", found["notes"][0])
+
+    def test_a_certificate_of_ours_that_ends_is_noted(self):
+        demo = {"api_base_url": "demo://", "client_cert": EXPIRED_FILE}
+        found = examine(
+            {"up": demo, "off": {**demo, "enabled": False}, "good": {**demo, "client_cert": CLIENT_FILE}},
+            tls={"cert": EXPIRED_FILE},
+        )
+        wanted = [
+            f"{where}: {EXPIRED_FILE} is good until 2021-01-01" for where in ("tls.cert", "providers.up.client_cert")
+        ]
+        self.assertEqual(found["notes"], wanted)
 
 
 class Faults(Checks):

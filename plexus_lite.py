@@ -5090,15 +5090,14 @@ class Supervisor:
                 say(f"worker {number} died with status {status}; another starts in {pause:g} s", 2)
             while not self._stopping and time.monotonic() < died + pause:
                 time.sleep(0.05)
-            if not self._stopping:
-                self._spawn(number, min(2 * pause, RESPAWN_S[1]))
+            self._spawn(number, min(2 * pause, RESPAWN_S[1]))
         return EXIT_OK
 
     def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        hold_signals(True)  # one for the child waits until the child can take it
-        pid = os.fork()
+        hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
+        pid = -1 if self._stopping else os.fork()
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
@@ -5107,7 +5106,8 @@ class Supervisor:
                 code = self._serve_one(number)
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
-        self._children[pid] = (number, time.monotonic(), pause)
+        if pid > 0:
+            self._children[pid] = (number, time.monotonic(), pause)
         hold_signals(False)
 
     def _pass_on(self, number: int) -> None:

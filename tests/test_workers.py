@@ -76,6 +76,10 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual(proxy.process.wait(10), 0)
         wait_until(lambda: not any(map(is_running, workers)), "the workers end")
 
+    def test_sigterm_while_the_workers_are_started_ends_every_process(self) -> None:
+        with support.Proxy(support.make_config(self.upstream, workers=8)) as proxy:
+            self.assertEqual(proxy.stop(), 0)
+
     def test_ctrl_c_reaches_a_worker_once(self) -> None:
         """A terminal signals the whole process group; with the one passed on there would be two, and two cut."""
         proxy = self.start(self.upstream)

@@ -5069,9 +5069,10 @@ class Server(http.server.ThreadingHTTPServer):
 class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
-    def __init__(self, serve_one: Callable[[int], int]) -> None:
+    def __init__(self, serve_one: Callable[[int], int], listener: socket.socket) -> None:
         """*serve_one* runs in a child, with its number; its result is the exit code."""
         self._serve_one = serve_one
+        self._listener = listener
         self._children: Dict[int, Tuple[int, float, float]] = {}  # pid -> worker number, started (monotonic), pause
         self._stopping = False
 
@@ -5111,7 +5112,9 @@ class Supervisor:
         hold_signals(False)
 
     def _pass_on(self, number: int) -> None:
-        self._stopping = self._stopping or number in STOP_SIGNALS
+        if number in STOP_SIGNALS:
+            self._stopping = True
+            self._listener.close()  # as each worker closes its own: the last one open would keep the port
         for pid in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -6285,7 +6288,7 @@ def serve(options: argparse.Namespace) -> int:
         log.close()
         return EXIT_OK
 
-    return serve_one(0) if workers == 1 else Supervisor(serve_one).run(workers)
+    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener).run(workers)
 
 
 def share_of(state: State, workers: int) -> State:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 import unittest
@@ -28,6 +29,14 @@ def is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 10).close()
+        return True
     except OSError:
         return False
 
@@ -71,6 +80,7 @@ class WorkersTest(unittest.TestCase):
             client.send(support.build_request("POST", "/v1/responses", {"model": "gpt-test", "input": "x"}))
             client.wait_for(b"data: 1")
             proxy.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not is_open(proxy.port), "the port is free for the next program")
             pause.event.set()
             client.wait_for(b"0\r\n\r\n")
         self.assertEqual(proxy.process.wait(10), 0)

@@ -5000,7 +5000,8 @@ class Server(http.server.ThreadingHTTPServer):
                 min(idle, key=lambda other: (other.phase != Phase.LINGERING, other.idle_since)).close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
-        self.clients.add(client)
+        if not client.is_closed:
+            self.clients.add(client)
 
     def _tick(self, now: float) -> None:
         for client in list(self.clients):

@@ -316,6 +316,11 @@ def wrong(path: str, wanted: str, value: object) -> ConfigError:
     return ConfigError(path, f"expected {wanted}, found {describe(value)}")
 
 
+def no_object(path: str, wanted: str, value: object) -> ConfigError:
+    """A string is not shown: in place of {"secret": ...} or of headers it is probably a credential."""
+    return ConfigError(path, f"expected {wanted}") if isinstance(value, str) else wrong(path, wanted, value)
+
+
 def expect(wanted: str, holds: Callable[[Any], object], is_shown: bool = True) -> Check:
     """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value unless *is_shown*."""
 
@@ -356,7 +361,7 @@ def a_map(check: Check, wanted: str = "an object") -> Check:
 
     def check_map(value: Any, path: str) -> Dict[str, Any]:
         if not isinstance(value, dict):
-            raise wrong(path, wanted, value)
+            raise no_object(path, wanted, value)
         if "" in value:
             raise ConfigError(path, "a name must not be empty")
         return {name: check(item, f"{path}.{name}") for name, item in value.items()}
@@ -475,7 +480,7 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
 def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
     """Return *value* if it is an object with no keys but the *allowed* ones."""
     if not isinstance(value, dict):
-        raise wrong(path, "an object", value)
+        raise no_object(path, "an object", value)
     for key in value:
         if key not in allowed:
             where = f"{path}.{key}" if path else str(key)

@@ -349,6 +349,9 @@ class Secrets(ConfigTest):
             ("providers.up.headers.X-Token", ("providers", "up"), "headers", {"X-Token": "SECRET\r\nX: y"}),
             ("providers.up.headers.X-Token", ("providers", "up"), "headers", {"X-Token": ["SECRET"]}),
             ("providers.up.api_base_url", ("providers", "up"), "api_base_url", "https://user:SECRET@host/v1"),
+            ("keys", (), "keys", "SECRET"),
+            ("keys.team", ("keys",), "team", "SECRET"),
+            ("providers.up.headers", ("providers", "up"), "headers", "X-Token: SECRET"),
         )
         for path, where, name, value in rows:
             with self.subTest(path, value=value):

@@ -414,7 +414,7 @@ def a_base_url(value: Any, path: str, own: Sequence[str] = ("demo://", "oauth://
     parts = split_url(value, wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value))
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
-    return str(value).rstrip("/")
+    return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
 a_web_url: Final = functools.partial(a_base_url, own=())
@@ -428,6 +428,7 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
         parts = urllib.parse.urlsplit(value)
         if "[" in parts.netloc:
             ipaddress.IPv6Address(parts.hostname or "")  # before 3.11 urlsplit takes anything between brackets
+        (parts.hostname or "").encode("idna")  # as getaddrinfo will: it raises for a label that is empty or too long
         if not parts.hostname or parts.port == 0:
             raise problem
     except ValueError:  # the port is looked at only when it is asked for

@@ -435,6 +435,7 @@ class BaseUrls(ConfigTest):
                 {"responses": ("http://a", "http://b"), "chat": ("http://c",)},
             ),
             ("a slash at the end", "http://[::1]:8000/v1/", {"responses": ("http://[::1]:8000/v1",)}),
+            ("a scheme in capitals", "HTTPS://host/v1", {"responses": ("https://host/v1",)}),
             ("demo", "demo://", {"responses": ("demo://",)}),
         )
         for name, given, wanted in rows:
@@ -462,6 +463,8 @@ class BaseUrls(ConfigTest):
             ("bracket not closed", "http://[::1/v1"),
             ("bracket not opened", "http://::1]/v1"),
             ("no address in brackets", "http://[host]:1/v1"),
+            ("a label of the host is empty", "http://a..b/v1"),
+            ("a label of the host is too long", f"http://{'a' * 64}/v1"),
             ("empty", ""),
             ("demo with more", "demo://x"),
         )

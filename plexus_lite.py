@@ -6260,6 +6260,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
     raise_descriptor_limit(state.config)
     threading.stack_size(STACK_BYTES)
+    # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
+    # killed by one that it does not hold, and all of the process with it.
+    hold_signals(True)
     first = threading.Thread(target=int)
     first.start()  # when its first thread ends, Python 3.8 loads libgcc: without a descriptor left it would abort
     first.join()
@@ -6269,7 +6272,6 @@ def serve(options: argparse.Namespace) -> int:
         reason = getattr(error, "strerror", None) or error
         say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN
-    hold_signals(True)  # until whoever handles them is ready: the line on stdout invites them
     announce(state.config, listener)
     workers = len(cores()) if state.config.workers == "auto" else int(state.config.workers)
     if workers > 1 and sys.platform == "win32":

@@ -2018,6 +2018,8 @@ class UsageReader:
             else:
                 self._read_all(self._held)
         self._long, self._held = None, b""
+        if self.tokens.get("cached_tokens", 0) > self.tokens.get("input_tokens", 0):
+            del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
 
     def _read_lines(self, data: bytes) -> bytes:
         """Read the lines that are complete; return the beginning of one that is not."""

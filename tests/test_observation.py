@@ -173,6 +173,11 @@ class UsageReaderTest(unittest.TestCase):
             ("echo behind", sse("response.completed", response={**late, **ECHO}), (TOKENS, None, True)),
             ("type last", chunk(response={**ECHO, **late}, type="response.completed"), (TOKENS, None, True)),
             ("incomplete", sse("response.incomplete", response=late), (TOKENS, None, True)),
+            (
+                "cached apart",
+                chunk(usage={**CHAT_USAGE, "prompt_tokens": 9}),
+                ({"input_tokens": 9, "output_tokens": 8}, None, True),
+            ),
             ("failed", failed("rate_limit_exceeded", message="m"), ({}, "rate_limit_exceeded", True)),
             ("failed without a code", failed(None), ({}, "response.failed", True)),
             ("error", sse("error", code="server_error", message="m", param=None), ({}, "server_error", True)),

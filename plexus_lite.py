@@ -2255,7 +2255,7 @@ class Tally:
         self.count("plexus_received_bytes_total", (), record["bytes_in"])
         self.count("plexus_sent_bytes_total", (), record["bytes_out"])
         is_error = status >= 400 or record["error"] is not None
-        if is_error:
+        if is_error and record["route"] != "/status":  # each page that opens is refused once, before it asks for a key
             self._list(self.errors, record, now, ("id", "status", "error", "route", "model", "provider", "target"))
         if not provider:
             return

@@ -690,6 +690,10 @@ class StatusTest(unittest.TestCase):
         )
         self.assertEqual((status["spent"], status["saved"]), (2 + 1 + 1, 3))
 
+    def test_a_page_that_has_to_ask_for_its_key_is_no_error_to_list(self):
+        refused = [record_of(route=route, provider=None, status=401, error="x") for route in ("/status", "/responses")]
+        self.assertEqual([one["route"] for one in self.status(tally_of(*refused))["errors"]], ["/responses"])
+
     def test_lists_are_bounded_and_latest_first(self):
         records = [record_of(session=f"s{number % 90}", miss_reason="idle", error="x") for number in range(300)]
         status = self.status(tally_of(*records))

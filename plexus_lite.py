@@ -2380,7 +2380,10 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
             targets.append(
                 {"provider": names[0], "target": names[1], **row, "open": open_requests, "cooling_s": rest_s}
             )
-    costs = [cost_of(config.prices[row["model"]], row) for row in models if row["model"] in config.prices]
+    tokens: Dict[str, Dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+    for (model, _, kind), count in tally.counts["plexus_tokens_total"].items():
+        tokens[model][kind] += count  # not the rows' tokens: also what has no cached tokens told costs money
+    costs = [cost_of(config.prices[model], kinds) for model, kinds in tokens.items() if model in config.prices]
     return {
         "version": __version__,
         "key": identity.name,
@@ -2398,10 +2401,10 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
     }
 
 
-def cost_of(price: Price, row: Mapping[str, int]) -> Tuple[float, float]:
-    """Return what the tokens of *row* cost, and what they would have cost more without a cache."""
-    uncached, cached = row["input_tokens"] - row["cached_tokens"], row["cached_tokens"]
-    spent = uncached * price.input + cached * price.cached + row["output_tokens"] * price.output
+def cost_of(price: Price, tokens: Mapping[str, float]) -> Tuple[float, float]:
+    """Return what *tokens*, by kind, cost, and what they would have cost more without a cache."""
+    uncached, cached = tokens["input"] - tokens["cached"], tokens["cached"]
+    spent = uncached * price.input + cached * price.cached + tokens["output"] * price.output
     return spent / 1e6, cached * (price.input - price.cached) / 1e6
 
 

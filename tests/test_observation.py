@@ -689,6 +689,8 @@ class StatusTest(unittest.TestCase):
             tally_of(record_of(input_tokens=3_000_000, cached_tokens=2_000_000, output_tokens=100_000))
         )
         self.assertEqual((status["spent"], status["saved"]), (2 + 1 + 1, 3))
+        status = self.status(tally_of(record_of(input_tokens=3_000_000, cached_tokens=None, output_tokens=100_000)))
+        self.assertEqual((status["spent"], status["saved"]), (6 + 1, 0))
 
     def test_a_page_that_has_to_ask_for_its_key_is_no_error_to_list(self):
         refused = [record_of(route=route, provider=None, status=401, error="x") for route in ("/status", "/responses")]

@@ -5472,7 +5472,7 @@ function tiles(d, recent) {
   return el("dl", {class: "wide tiles"},
     tile("Hit rate now", percent(part), part == null ? "no tokens in 5 minutes" : "of the last 5 minutes", grade(part)),
     tile("Tokens saved", count(total.cached_tokens), `of ${count(total.input_tokens)} since ${clock(d.started, 5)}`),
-    d.saved != null && tile("Money saved", d.saved.toFixed(2), "at the configured prices"),
+    d.saved != null && tile("Money saved", d.saved.toFixed(2), d.spent.toFixed(2) + " spent, at the configured prices"),
     tile("In flight", count(d.in_flight), "at this moment"),
     tile("Requests", count(total.requests), count(total.output_tokens) + " tokens of output"),
     tile("Errors", count(total.errors), "since the start"));

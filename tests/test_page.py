@@ -35,7 +35,7 @@ def empty() -> Dict[str, Any]:
     totals = dict.fromkeys(("requests", "errors", "input_tokens", "cached_tokens"), 0)
     return {
         "version": "1.0.0", "now": now, "started": now - 90, "workers": 1, "key": None, "all_sessions": True,
-        "in_flight": 0, "totals": dict(totals, output_tokens=0), "saved": None,
+        "in_flight": 0, "totals": dict(totals, output_tokens=0), "saved": None, "spent": None,
         "minutes": [], "models": [], "targets": [], "sessions": [], "misses": [], "errors": [],
     }  # fmt: skip
 
@@ -96,7 +96,7 @@ def busy() -> Dict[str, Any]:
             error=error, route="/responses", model=model, provider=provider, target=url, session=None, key="alice"
         )
         data["errors"].append(row)
-    return dict(data, started=now - 2 * 3600, in_flight=6, saved=38.217, key="alice")
+    return dict(data, started=now - 2 * 3600, in_flight=6, saved=38.217, spent=12.341, key="alice")
 
 
 def add_to(rows: List[Dict[str, Any]], names: Dict[str, Any], numbers: Dict[str, int]) -> None:
@@ -345,7 +345,8 @@ class ScriptedTest(PageTest):
         self.show(data)
         recent = [one for one in data["minutes"] if one[0] > data["now"] - 300]
         rate = 100 * sum(one[3] for one in recent) / sum(one[2] for one in recent)
-        for text in (f"{rate:.1f}\u00a0%", "38.22", "gpt-5.4-mini", "http://gpu2:8000/v1", "cooling, ", "healthy",
+        for text in (f"{rate:.1f}\u00a0%", "38.22", "12.34 spent",
+                     "gpt-5.4-mini", "http://gpu2:8000/v1", "cooling, ", "healthy",
                      "5feceb66ffc8", "input item 7 changed", "the tools changed", "it went to another target",
                      "502 upstream_connection_error", data["errors"][0]["id"], "seen by key alice"):  # fmt: skip
             self.assertIn(text, self.tab.run(TEXT))

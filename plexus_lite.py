@@ -5501,7 +5501,7 @@ function tables(d, now) {
       ["Why", row => named(row.miss_reason, explain(row.miss_reason, row.prefix_changed_at)), "long"],
       ["Cached", row => of(row.cached_tokens, row.input_tokens), "num long"]]),
     table("Latest errors", "No error so far.", d.errors, row => row.id, [
-      ["Error", row => named(`${row.status} ${row.error}`, ...whose(row))],
+      ["Error", row => named(`${row.status} ${row.error || ""}`, ...whose(row))],
       ["Request", row => named(row.id, row.route, row.target), "long"], ["When", row => clock(row.ts), "num"]]),
   ];
 }

@@ -88,7 +88,7 @@ def busy() -> Dict[str, Any]:
         tokens = 800 if reason == "below_minimum" else dice.randint(9000, 60000)
         data["misses"].append(dict(row, input_tokens=tokens, cached_tokens=tokens // 12))
     data["misses"][5]["session"] = None
-    failed = ((502, "upstream_connection_error", 3), (504, "upstream_timeout", 3), (429, "rate_limit_exceeded", 1))
+    failed = ((502, "upstream_connection_error", 3), (504, "upstream_timeout", 3), (400, None, 1))
     for number, (status, error, which) in enumerate(failed):
         model, provider, url = used[which][:3]
         row = {"ts": now - 500 * number - 70, "id": f"req_{dice.getrandbits(96):024x}", "status": status}

@@ -5385,7 +5385,8 @@ function el(tag, attributes, ...children) {
   const drawn = ["svg", "g", "rect", "path", "title"].includes(tag);
   const node = document.createElementNS(`http://www.w3.org/${drawn ? "2000/svg" : "1999/xhtml"}`, tag);
   for (const [name, value] of Object.entries(attributes)) if (value != null) node.setAttribute(name, value);
-  node.append(...children.flat(3).filter(child => child != null && child !== false)); // strings become text nodes
+  const plain = child => child.replace?.(/\p{Bidi_C}/gu, "\ufffd") ?? child; // no name turns its neighbours round
+  node.append(...children.flat(3).filter(child => child != null && child !== false).map(plain)); // strings become text
   return node;
 }
 

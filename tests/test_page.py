@@ -419,6 +419,12 @@ class ScriptedTest(PageTest):
         self.assertReadable()
         self.assertQuiet()
 
+    def test_name_cannot_turn_its_neighbours_round(self):
+        data = busy()
+        data["sessions"][0]["model"] = "gpt\u202e\u2066x"
+        self.show(data)
+        self.assertIn("gpt\ufffd\ufffdx, ", self.tab.run(TEXT))
+
     def test_what_would_be_injected_does_not_run(self):
         """The policy itself: without it a mistake in the page would be an open door."""
         self.show(empty())

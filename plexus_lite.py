@@ -2608,7 +2608,8 @@ class SignIn(WatchedFile):
                     self._turn.release()
         elif left <= 0 and tokens is not self._expired:
             self._expired = tokens
-            self._warn(f"{self._where}: the access token has expired; run codex, which renews it, or set oauth_refresh")
+            remedy = "`codex login`" if self._provider.oauth_refresh else "codex, which renews it, or set oauth_refresh"
+            self._warn(f"{self._where}: the access token has expired; run {remedy}")
         return self.value.fields  # type: ignore[no-any-return]
 
     def _renew(self, stale: Tokens, is_due: bool) -> None:

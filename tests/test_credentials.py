@@ -570,6 +570,12 @@ class Renewal(SignInTest):
         self.assertEqual(read_json(path)["tokens"]["access_token"], token)
         self.assertEqual(len(self.issuer.spent), 1)
 
+    def test_an_expired_token_that_nothing_can_renew_asks_for_a_sign_in_and_not_for_what_is_set(self):
+        self.write("auth.json", {"tokens": {"access_token": access(-1)}})
+        credentials = self.make()
+        self.sent(credentials)
+        self.assertIn("has expired; run `codex login`", credentials.look_again()[0])
+
     @unittest.skipUnless(POSIX, "FIFOs are POSIX'")
     def test_a_fifo_in_the_place_of_the_lock_keeps_nobody_waiting(self):
         path = self.sign_in(access(-1))

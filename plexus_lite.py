@@ -1691,9 +1691,15 @@ def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     value = headers.get("retry-after") or ""
     if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
+    date = unix_time(value)
+    return None if date is None else max(0.0, date - now)
+
+
+def unix_time(date: str) -> Optional[float]:
+    """Return the time that an HTTP date says, None of junk."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (TypeError, ValueError, IndexError, OverflowError):  # what it raises on junk differs between versions
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except Exception:  # what it raises on junk differs between versions: IndexError, UnboundLocalError in 3.8
         return None
 
 
@@ -6074,9 +6080,9 @@ class Checkup:
 
     def _judge_clock(self, headers: Headers) -> None:
         self._phase = "clock"
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no date, or nothing that is one
-            theirs = email.utils.parsedate_to_datetime(headers.get("date") or "")
-            ahead = round(time.time() - theirs.timestamp())
+        theirs = unix_time(headers.get("date") or "")
+        if theirs is not None:
+            ahead = round(time.time() - theirs)
             verdict = "warn" if abs(ahead) > CLOCK_SKEW_S else "ok"
             self._add(verdict, f"{ahead:+d} s against the upstream's", {"ahead_s": ahead})
 

@@ -402,6 +402,7 @@ class Cooldown(unittest.TestCase):
             ("milliseconds with a fraction", {"retry-after-ms": "0.5"}, 0.0005),
             ("broken milliseconds give way", {"retry-after-ms": "soon", "Retry-After": "7"}, 7),
             ("below zero", {"Retry-After": "-5"}, None),
+            ("junk on which 3.8 stumbles", {"Retry-After": "Jan 2020 Mon,  12.34.56.78 1"}, None),
             ("a fraction", {"Retry-After": "1e3"}, None),
             ("digits of another script", {"Retry-After": "\u00b2"}, None),
             ("too many digits", {"Retry-After": "9" * 400}, None),

@@ -3428,7 +3428,8 @@ class Exchange:
     """One request and what becomes of it.
 
     The loop and one handler thread take turns with it: the loop fills it, start() hands it to a thread,
-    Loop.call() hands it back.  Only is_gone is read by the one while the other may set it.
+    Loop.call() hands it back.  Only where the client leaves meanwhile does the loop not wait for its turn: it sets
+    is_gone, which the thread looks at, and writes the record as it is.
     """
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
@@ -3567,7 +3568,7 @@ class Loop:
                 self.guard(function, *arguments)
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
-                self.on_tick(self.now)
+                self.guard(self.on_tick, self.now)
 
     def _drain_wakeups(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -6281,7 +6282,7 @@ def serve(options: argparse.Namespace) -> int:
     first.join()
     try:
         listener = listen(state.config.host, state.config.port)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
         reason = getattr(error, "strerror", None) or error
         say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN

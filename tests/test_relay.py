@@ -11,6 +11,7 @@ import time
 import unittest
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import plexus_lite
 from tests.support import (
     Answer,
     Cut,
@@ -48,6 +49,22 @@ def tearDownModule():
 def wire(reply: Reply) -> bytes:
     """Return *reply* as one piece."""
     return b"".join(step for step in reply if isinstance(step, bytes))
+
+
+class LoopTest(unittest.TestCase):
+    def test_a_defect_in_the_tick_does_not_end_the_loop(self):
+        loop = plexus_lite.Loop()
+        for end in (loop._wake_read, loop._wake_write):
+            self.addCleanup(end.close)
+        found = []
+
+        def fail(now):
+            loop.stop()
+            raise ZeroDivisionError
+
+        loop.on_tick, loop.on_error = fail, lambda function, error: found.append(type(error))
+        loop.run()
+        self.assertEqual(found, [ZeroDivisionError])
 
 
 class Script:

@@ -289,8 +289,8 @@ class BadConfigTest(ServerTest):
 
     def test_port_in_use_and_address_of_another_host_are_exit_3_and_one_line_that_names_them(self):
         proxy = self.start()
-        lines = [["--port", str(proxy.port)], ["--port", "0", "--host", "192.0.2.1"]]
-        words = [["127.0.0.1", str(proxy.port), "in use"], ["192.0.2.1"]]
+        lines = [["--port", str(proxy.port)], ["--port", "0", "--host", "192.0.2.1"], ["--host", "\u00fc" * 80]]
+        words = [["127.0.0.1", str(proxy.port), "in use"], ["192.0.2.1"], ["cannot listen"]]
         for got, expected in zip(run_many([["--config", proxy.config_path, *line] for line in lines]), words):
             self.assertEqual((got.returncode, got.stdout), (3, ""))
             self.assertEqual(len(got.stderr.splitlines()), 1, got.stderr)

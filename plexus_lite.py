@@ -2050,9 +2050,9 @@ class UsageReader:
 
     def _read(self, text: bytes) -> None:
         """Read an event.  The last one may be long, with its usage near its end: then that end is enough, if only the
-        response and the event are closed behind it, and no error was told before."""
-        error = text.find(b'"error"')
-        if COUNTED_EVENT.match(text) and (error < 0 or not TOLD.match(text, error + len('"error"'))):
+        response and the event are closed behind it, and nowhere an error is told."""
+        no_errors = text.count(b'"error":null') + text.count(b'"error": null')
+        if COUNTED_EVENT.match(text) and text.count(b'"error"') == no_errors:
             with contextlib.suppress(ValueError, RecursionError):
                 tail = "{" + text[text.rfind(b'"usage"') :].decode()
                 members, end = JSON_DECODER.raw_decode(tail)

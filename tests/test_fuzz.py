@@ -864,6 +864,9 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         if not isinstance(event, dict):
             continue
         kind = event.get("type")
+        beside = [value for name, value in event.items() if name != "response" and isinstance(value, dict)]
+        if kind in ("response.completed", "response.incomplete") and any("usage" in value for value in beside):
+            raise Doubtful  # looked for one level down, in whatever member
         inside = event["response"] if isinstance(event.get("response"), dict) else event
         flat = kind == "error" and isinstance(event.get("code"), str)
         usage = inside_of({} if flat else inside, "usage")

@@ -5104,27 +5104,40 @@ class Supervisor:
         while self._children:
             pid, status = os.waitpid(-1, 0)
             number, started, pause = self._children.pop(pid)
-            died = time.monotonic()
-            if died - started >= RESPAWN_S[1]:
+            if time.monotonic() - started >= RESPAWN_S[1]:
                 pause = RESPAWN_S[0]
-            if not self._stopping:
-                say(f"worker {number} died with status {status}; another starts in {pause:g} s", 2)
-            while not self._stopping and time.monotonic() < died + pause:
-                time.sleep(0.05)
+            self._rest(f"worker {number} died with status {status}; another starts in {pause:g} s", pause)
             self._spawn(number, min(2 * pause, RESPAWN_S[1]))
         return EXIT_OK
+
+    def _rest(self, why: str, pause: float) -> None:
+        until = time.monotonic() + pause
+        if not self._stopping:
+            say(why, 2)
+        while not self._stopping and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
-        pid = -1 if self._stopping else os.fork()
+        pid = -1
+        while pid < 0:
+            hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
+            try:
+                pid = -1 if self._stopping else os.fork()
+            except OSError as error:  # no process or memory left: the other workers go on
+                hold_signals(False)
+                self._rest(f"worker {number} cannot be started: {error.strerror}; again in {pause:g} s", pause)
+            else:
+                break
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
                 # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts.
                 os.setpgid(0, 0)
                 code = self._serve_one(number)
+            except Exception as error:
+                say(f"worker {number}: {type(error).__name__}: {error}", 2)
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
         if pid > 0:

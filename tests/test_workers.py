@@ -71,6 +71,25 @@ class WorkersTest(unittest.TestCase):
         self.assertIn("died with status 9", proxy.error_text())
         self.assertEqual(support.get(proxy.port, "/health").status, 200)
 
+    def test_a_worker_that_cannot_be_started_is_tried_again_and_one_that_fails_says_why(self) -> None:
+        runner = (
+            f"import os, sys; sys.path.insert(0, {os.path.dirname(support.PROGRAM)!r}); import plexus_lite\n"
+            "fork, bind, calls = os.fork, plexus_lite.bind_to_core, []\n"
+            "def fork_second():\n    calls.append(1)\n    if len(calls) == 1:\n        raise OSError(11, 'none left')\n"
+            "    return fork()\n"
+            "def bind_later(number):\n    if len(calls) == 2:\n        raise ValueError('no core')\n    bind(number)\n"
+            "os.fork, plexus_lite.bind_to_core, plexus_lite.RESPAWN_S = fork_second, bind_later, (0.05, 10.0)\n"
+            "raise SystemExit(plexus_lite.main())"
+        )
+        proxy = support.Proxy(support.make_config(self.upstream, workers=2))
+        proxy._command[1:2] = ["-c", runner]
+        self.addCleanup(proxy.__exit__, None)
+        proxy.__enter__()
+        wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
+        wait_until(lambda: "worker 0: ValueError: no core" in proxy.error_text(), "the reason")
+        self.assertIn("worker 0 cannot be started: none left; again in 0.05 s", proxy.error_text())
+        self.assertEqual(support.get(proxy.port, "/health").status, 200)
+
     def test_sigterm_lets_a_running_answer_finish_and_ends_every_process(self) -> None:
         proxy = self.start(self.upstream)
         workers = children(proxy.process.pid)

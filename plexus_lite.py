@@ -6385,7 +6385,7 @@ class Command(NamedTuple):
     has_json: bool = False
 
 
-COMMANDS: Final[Mapping[str, Command]] = {
+COMMANDS: Final = {
     "serve": Command(serve, "what is done without one"),
     "init": Command(init, "print a starter configuration"),
     "check": Command(check, "ask every upstream whether it can be used, at no cost", has_json=True),

@@ -350,7 +350,7 @@ class CommandLine(unittest.TestCase):
             process = self.start(path)
             with open(path, "wb"):
                 process.send_signal(signal.SIGINT)
-                out, errors = process.communicate(timeout=20)
+            out, errors = process.communicate(timeout=20)  # the end of the pipe ends a read that began at that moment
         self.assertEqual((process.returncode, out, errors), (130, "", ""))
 
     def test_operands_and_options_in_any_order_and_only_where_they_belong(self):

@@ -2629,6 +2629,8 @@ class SignIn(WatchedFile):
                 if self.problem:  # gone, say, after `codex logout`
                     raise ValueError(f"{self.path}: {self.problem}")
                 if is_due and self.value.fields == stale.fields:
+                    # First: where nothing can be written, another process would spend the same token once more.
+                    replace_file(path, self._content or b"")
                     self.value = self._unsaved = self._spend(self.value)
                 if self._unsaved and self.value is self._unsaved:
                     replace_file(path, json.dumps(self._unsaved.auth, indent=2).encode("ascii"))

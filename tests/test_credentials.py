@@ -553,13 +553,25 @@ class Renewal(SignInTest):
             self.assertEqual(self.sent(credentials), new)
         self.assertEqual((self.issuer.spent, credentials.look_again()), ([], []))
 
-    def test_a_full_disk_leaves_the_file_and_the_new_token_serves_until_it_can_be_written(self):
+    def test_a_full_disk_leaves_the_file_and_spends_no_token(self):
+        """Two processes would spend it twice, and an issuer may revoke all for that."""
+        old = access(-1)
+        path = self.sign_in(old)
+        before = read_json(path)
+        credentials = self.make()
+        with unittest.mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+            self.assertEqual(self.sent(credentials), old)
+        self.assertEqual((read_json(path), self.issuer.spent), (before, []))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["auth.json", "auth.json.lock"])
+        self.assertIn("the tokens were not renewed: [Errno 28]", credentials.look_again()[0])
+
+    def test_a_disk_that_fills_meanwhile_leaves_the_file_and_the_new_token_serves_until_it_can_be_written(self):
         self.patch("RENEW_PAUSE_S", 0)
         path = self.sign_in(access(-1))
         before = read_json(path)
         credentials = self.make()
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with unittest.mock.patch("os.fsync", side_effect=full):
+        with unittest.mock.patch("os.fsync", side_effect=[None, full, full]):
             token = self.sent(credentials)
             os.chmod(path, 0o400)  # a look at a file that was only touched must not bring the old token back
             self.assertEqual(self.sent(credentials), token)
@@ -738,16 +750,19 @@ class Processes(SignInTest):
 
     def test_a_crash_between_answer_and_write_leaves_the_file_whole_and_the_lock_free(self):
         for name, crash in (
-            ("before the write", "plexus_lite.replace_file = die"),
-            ("before the replacement", "os.replace = die"),
+            ("before the write", "real, plexus_lite.replace_file = plexus_lite.replace_file, die"),
+            ("before the replacement", "real, os.replace = os.replace, die"),
         ):
             with self.subTest(name):
                 old = access(-1)
                 path = self.sign_in(old)
                 before = read_json(path)
                 done = self.run_child(f"""
-                    def die(*_):
-                        os.kill(os.getpid(), signal.SIGKILL)
+                    def die(*arguments, calls=[]):
+                        calls.append(arguments)
+                        if len(calls) == 2:  # the first one finds out whether anything can be written
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        real(*arguments)
 
                     {crash}
                     ask()
@@ -936,7 +951,7 @@ class Running(unittest.TestCase):
         os.mkdir(os.path.join(proxy.folder, "auth.json.new"))
         with proxy:
             self.assertEqual(post(proxy.port, "/v1/responses", {"model": "m"}).status, 200)
-        self.assertIn("the new tokens are not in the file yet: [Errno", proxy.error_text())
+        self.assertIn("the tokens were not renewed: [Errno", proxy.error_text())
 
     def test_a_missing_secret_is_one_line_at_start(self):
         config = {**self.config, "keys": {"team": {"secret": "file:nowhere.key"}}}

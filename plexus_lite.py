@@ -609,6 +609,10 @@ class Provider:
     enabled: bool = setting(True, a_flag, "false takes it out")
     name: str = ""
 
+    def urls(self) -> Tuple[str, ...]:
+        """Return every base URL once, whatever API it is for."""
+        return tuple(dict.fromkeys(url for urls in self.api_base_url.values() for url in urls))
+
     def account_name(self) -> str:
         return self.account or self.name
 
@@ -798,7 +802,7 @@ def check_keys(config: Config) -> None:
 def resolve_sign_in(provider: Provider) -> Provider:
     """Return *provider* with the URL that its oauth:// stands for, and "oauth" as its auth."""
     where = f"providers.{provider.name}"
-    if not any("oauth://" in urls for urls in provider.api_base_url.values()):
+    if "oauth://" not in provider.urls():
         for name in ("auth_file", "oauth_refresh"):
             if getattr(provider, name):
                 raise ConfigError(f"{where}.{name}", "goes only with oauth://")
@@ -2868,7 +2872,7 @@ class Transport(urllib.request.BaseHandler):
         self._contexts: Dict[str, ssl.SSLContext] = {}
         self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
         for name, provider in config.providers.items():
-            urls = [url for urls in provider.api_base_url.values() for url in urls]
+            urls = [*provider.urls()]
             urls += [provider.oauth_token_url] if provider.oauth_refresh else []
             if any(url.startswith("https:") for url in urls):
                 self._contexts[name] = make_tls_context(provider)
@@ -4912,7 +4916,7 @@ class Server(http.server.ThreadingHTTPServer):
         cooling: Dict[Labels, float] = {}
         tally.counts["plexus_targets_cooling"] = cooling
         for provider in self.state.config.providers.values():
-            for url in (url for urls in provider.api_base_url.values() for url in urls):
+            for url in provider.urls():
                 place = Target(provider, url, "").place
                 add_to(tally.rows, ("target", provider.name, url), [0] * len(ROW))
                 rest_s = max((rest for name, rest in resting.items() if name.startswith(place)), default=0.0)
@@ -5946,7 +5950,7 @@ def judge_headers(provider: Provider, sent: Sequence[Field], echo: Any) -> Judge
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
-    has_tls = any(url.startswith("https") for one in providers for urls in one.api_base_url.values() for url in urls)
+    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
     for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
         names = [name for name, value in sorted(variables.items()) if value and re.fullmatch(pattern, name.lower())]
@@ -6118,9 +6122,7 @@ def check_upstreams(state: State) -> Dict[str, Any]:
     """Return what is found of every upstream of *state*, and of what is around."""
     until = time.monotonic() + CHECK_S
     providers = [provider for provider in state.config.providers.values() if provider.enabled]
-    urls = [(provider, url) for provider in providers for urls in provider.api_base_url.values() for url in urls]
-    targets = {target.place: target for target in (Target(provider, url, "") for provider, url in urls)}
-    checkups = [Checkup(state, target, until) for target in targets.values()]
+    checkups = [Checkup(state, Target(one, url, ""), until) for one in providers for url in one.urls()]
     threads = [threading.Thread(target=checkup.run, daemon=True) for checkup in checkups]
     for thread in threads:
         thread.start()
@@ -6342,7 +6344,7 @@ def announce(config: Config, listener: socket.socket) -> None:
     scheme = "https" if config.tls else "http"
     say(f"plexus_lite {__version__} listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     for name, provider in config.providers.items():
-        urls = ", ".join(dict.fromkeys(url for urls in provider.api_base_url.values() for url in urls))
+        urls = ", ".join(provider.urls())
         say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")
     for name, alias in config.models.items():
         say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")

@@ -2360,9 +2360,8 @@ def render_metrics(tally: Tally) -> bytes:
 
 
 def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
-    texts = (
-        value.encode("utf-8", "backslashreplace").decode() for value in values
-    )  # half a surrogate pair is no UTF-8
+    # Half a surrogate pair is no UTF-8.
+    texts = (value.encode("utf-8", "backslashreplace").decode() for value in values)
     escaped = (text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts)
     pairs = ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
     return f"{{{pairs}}}" if pairs else ""
@@ -4316,7 +4315,8 @@ def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[
 
 
 # ---------------------------------------------------------------------------
-# 11  Handler -- admit, place, Handler: a turn of a request, in a thread: route, key, JSON, policy, placement, connect.
+# 11  Handler -- admit, place, Handler: a turn of a request: route, key, JSON, policy, placement, send.  In the loop if
+#     it is small and has to wait for nothing, else in a thread.
 #     Every ProxyError ends here (or in room 10, for what cannot be read) as an answer.
 # ---------------------------------------------------------------------------
 
@@ -4775,7 +4775,7 @@ def process_figures() -> Dict[str, float]:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket, the loop, the clients, and a thread for each turn of a request."""
+    """The listening socket, the loop, the clients, and a thread for each turn of a request that takes time."""
 
     def __init__(
         self,

@@ -69,7 +69,6 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import datetime
 import email.utils
 import errno
 import functools
@@ -2747,7 +2746,7 @@ ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 Origin = Tuple[str, ...]  # scheme, host with port, provider
 GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
-TUNNEL_HEAD_BYTES: Final = 64 * KIB  # a forward proxy's answer to CONNECT
+ANSWER_HEAD_BYTES: Final = 64 * KIB  # the same; and of a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
 # TLS 1.3 brings the refusal of a client certificate only with the first read after the request.
 TLS_FAILURES: Final = (
@@ -2759,6 +2758,19 @@ TLS_FAILURES: Final = (
     ("EOF occurred|unexpected eof", "it closed the connection"),
     ("key values mismatch|key type mismatch", "the key does not match the certificate"),
     ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
+)
+# The same for a certificate that is refused, by OpenSSL's X509_V_ERR_..., and "expired" if it is, "ca_file" if one is set.
+REFUSALS: Final = (
+    (
+        "(18|19|20|21).* ca_file",
+        "is signed by {issuer}, which is neither among the system's roots nor in {path}.ca_file",
+    ),
+    (r"(18|19|20|21)\b", "is signed by {issuer}, which is not trusted; set {path}.ca_file"),
+    ("10 expired", "expired on {end}"),
+    (r"10\b", "is signed by {issuer}: that certificate or one above it has expired; check {path}.ca_file"),
+    (r"9\b", "is refused: {words}; check the clock of this machine"),
+    ("62|64", "is for {names}, not for {host}; check {path}.api_base_url"),
+    ("", "is refused: {words}"),
 )
 
 
@@ -2896,7 +2908,7 @@ class Transport(urllib.request.BaseHandler):
         attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
         try:
             connection.send_some()  # what is left
-            answer, content = read_whole(connection.sock, attempt, self._limits.max_header_bytes)
+            answer, content = read_whole(connection.sock, attempt)
             return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
@@ -2983,17 +2995,19 @@ class Attempt(NamedTuple):
     is_gone: Callable[[], bool]
 
     @contextlib.contextmanager
-    def at(self, phase: str) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
+    def at(self, phase: str, sock: Optional[socket.socket] = None) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile, and close *sock*.  For SSLCertVerificationError see explain_refusal."""
         try:
             yield
-        except TimeoutError:
-            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
-            raise UpstreamError(message, "upstream_timeout") from None
-        except ssl.SSLCertVerificationError:
+        except BaseException as error:
+            if sock:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
+                raise UpstreamError(message, "upstream_timeout") from None
+            if isinstance(error, (OSError, MalformedHTTP)) and not isinstance(error, ssl.SSLCertVerificationError):
+                raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
             raise
-        except OSError as error:
-            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
 
     def wait(self, sock: socket.socket, events: int) -> None:
         """Wait until *sock* is ready for *events* (selectors' bits).
@@ -3003,58 +3017,52 @@ class Attempt(NamedTuple):
         # epoll would cost a descriptor
         with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:
             selector.register(sock, events)
-            while True:
-                if self.is_gone():
-                    raise ClientGone
+            while not self.is_gone():
                 left = self.deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError("it took too long")
                 if selector.select(min(left, GONE_CHECK_S)):
                     return
+        raise ClientGone
 
-    def finish(self, step: Callable[[], T], sock: socket.socket) -> T:
-        """Return what *step* returns; it is repeated for as long as *sock* is not ready for it."""
+    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
+        """Return what *step* of *sock* returns for *values*; it is repeated for as long as *sock* is not ready for it."""
         while True:
             try:
-                return step()
-            except (BlockingIOError, ssl.SSLWantReadError):
-                self.wait(sock, selectors.EVENT_READ)
-            except ssl.SSLWantWriteError:
-                self.wait(sock, selectors.EVENT_WRITE)
+                return step(*values)
+            except BLOCKED as error:
+                wants_write = isinstance(error, ssl.SSLWantWriteError)
+                self.wait(sock, selectors.EVENT_WRITE if wants_write else selectors.EVENT_READ)
 
 
-def reason_of(error: OSError, path: str = "") -> str:
+def reason_of(error: Exception, path: str = "") -> str:
     """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
-    text = error.strerror or str(error) or type(error).__name__
-    if isinstance(error, ssl.SSLError):
-        for words, meaning in TLS_FAILURES:
-            if re.search(words, text):
-                return meaning.format(path)
-        return re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
-    return text
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if not isinstance(error, ssl.SSLError):
+        return text
+    plain = re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
+    return next((meaning.format(path) for words, meaning in TLS_FAILURES if re.search(words, text)), plain)
 
 
 def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
     """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    authority = join_authority(host, port)
     if not proxy:
-        return connect_tcp(resolve(host, port, attempt), join_authority(host, port), attempt)
-    sock = connect_tcp(resolve(proxy.host, proxy.port, attempt), f"the proxy {proxy.name}", attempt)
+        return connect_tcp(host, port, authority, attempt)
+    sock = connect_tcp(proxy.host, proxy.port, f"the proxy {proxy.name}", attempt)
     if url.scheme == "https":
-        open_tunnel(sock, proxy, join_authority(host, port), attempt)
+        open_tunnel(sock, proxy, authority, attempt)
     return sock
 
 
-def resolve(host: str, port: int, attempt: Attempt) -> Sequence[Any]:
-    """Return what getaddrinfo knows of *host*, at least one address."""
+def connect_tcp(host: str, port: int, name: str, attempt: Attempt) -> socket.socket:
+    """Return a non-blocking socket to the first address of *host* that answers; errors call it *name*."""
     with attempt.at(f"address of {host}"):
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-
-
-def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket to the first of *addresses* (at least one) that answers; errors call it *name*."""
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     with attempt.at(f"connection to {name}"):
-        for family, kind, protocol, _, address in addresses:
+        while True:
+            family, kind, protocol, _, address = addresses.pop(0)
             sock = socket.socket(family, kind, protocol)
             try:
                 sock.setblocking(False)
@@ -3066,64 +3074,55 @@ def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket
                 if result:
                     raise OSError(result, os.strerror(result))
                 return sock
-            except (TimeoutError, ClientGone):  # TimeoutError: ETIMEDOUT of one address looks the same, and is as final
+            except (OSError, ClientGone) as error:
                 sock.close()
-                raise
-            except OSError as error:
-                sock.close()
-                problem = error
-        raise problem
+                # The deadline is that of all addresses; ETIMEDOUT of one looks the same, and is as final.
+                if not addresses or isinstance(error, (TimeoutError, ClientGone)):
+                    raise
 
 
-def read_head(sock: socket.socket, attempt: Attempt, max_head: int, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
+def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
     """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
     while b"\r\n\r\n" not in data:
-        if len(data) > max_head or not b"HTTP/1.".startswith(data[:7]):
+        if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
             raise ConnectionError("it does not answer in HTTP/1.1")
-        more = attempt.finish(lambda: sock.recv(RECEIVE_BYTES), sock)
-        data += more
+        more = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
         if not more:
             raise ConnectionError("it closed the connection")
+        data += more
     end = data.index(b"\r\n\r\n") + 4
     return read_answer_head(data[:end]), data[end:]
 
 
-def read_whole(sock: socket.socket, attempt: Attempt, max_head: int) -> Tuple[AnswerHead, bytes]:
+def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes]:
     """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
-    head, data = read_head(sock, attempt, max_head)
+    head, data = read_head(sock, attempt)
     while head.status < 200:  # it announces another one
-        head, data = read_head(sock, attempt, max_head, data)
+        head, data = read_head(sock, attempt, data)
     reader = answer_body(head)
-    body = bytearray(reader.feed(data))
+    body = reader.feed(data)
     while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = attempt.finish(lambda: sock.recv(RECEIVE_BYTES), sock)
+        data = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
         body += reader.feed(data)
-        if not data:
-            if not reader.at_end():
-                raise ConnectionError("it broke off")
+        if not data and reader.at_end():
             break
-    return head, bytes(body)
+        if not data:
+            raise ConnectionError("it broke off")
+    return head, body
 
 
 def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
     """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6), or close it.  No byte of the proxy's goes further."""
-    try:
-        with attempt.at(f"tunnel to {authority} through the proxy {proxy.name}"):
-            fields = render_fields([("Host", authority), *proxy.fields()])
-            sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-            try:
-                answer, more = read_head(sock, attempt, TUNNEL_HEAD_BYTES)
-            except MalformedHTTP:
-                raise ConnectionError("it does not answer in HTTP/1.1") from None
-            if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
-                raise wrong_password(proxy, attempt.provider)
-            if not 200 <= answer.status < 300:
-                raise ConnectionError(f"it answered {answer.status}")
-            if more:  # a TLS server does not speak first: these bytes are nobody's
-                raise ConnectionError("it answered more than a head")
-    except BaseException:
-        sock.close()
-        raise
+    with attempt.at(f"tunnel to {authority} through the proxy {proxy.name}", sock):
+        fields = render_fields([("Host", authority), *proxy.fields()])
+        sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+        answer, more = read_head(sock, attempt)
+        if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
+            raise wrong_password(proxy, attempt.provider)
+        if not 200 <= answer.status < 300:
+            raise ConnectionError(f"it answered {answer.status}")
+        if more:  # a TLS server does not speak first: these bytes are nobody's
+            raise ConnectionError("it answered more than a head")
 
 
 def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
@@ -3133,10 +3132,10 @@ def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
 
 def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     """Return the forward proxy on the way to *base_url*; the environment has a say only if the provider wants it."""
-    if provider.proxy != "env":
-        return provider.proxy if isinstance(provider.proxy, ForwardProxy) else None
+    if isinstance(provider.proxy, ForwardProxy):
+        return provider.proxy
     url = urllib.parse.urlsplit(base_url)
-    found = urllib.request.getproxies().get(url.scheme)
+    found = urllib.request.getproxies().get(url.scheme) if provider.proxy == "env" else None
     if not found or urllib.request.proxy_bypass(url.netloc):
         return None
     path = f"providers.{provider.name}.proxy: {url.scheme.upper()}_PROXY"
@@ -3147,18 +3146,15 @@ def start_tls(
     sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
 ) -> ssl.SSLSocket:
     """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
-    tls = sock
-    try:
-        with attempt.at(f"TLS handshake with {host}"):
-            # A ragged end must be an error: for a body that ends with the connection it is a cut.
-            tls = context.wrap_socket(
-                sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
-            )
-            attempt.finish(tls.do_handshake, tls)
-            return tls
-    except BaseException:
-        tls.close()
-        raise
+    phase = f"TLS handshake with {host}"
+    with attempt.at(phase, sock):
+        # A ragged end must be an error: for a body that ends with the connection it is a cut.
+        tls = context.wrap_socket(
+            sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
+        )
+    with attempt.at(phase, tls):
+        attempt.finish(tls, tls.do_handshake)
+    return tls
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -3226,98 +3222,44 @@ def say_goodbye(sock: socket.socket) -> None:
             sock.unwrap()
 
 
-# -- certificates: what was refused, told so that it can be acted on ----
-
-
-class Certificate(NamedTuple):
-    subject: str
-    issuer: str
-    not_before: datetime.datetime  # UTC
-    not_after: datetime.datetime
-    names: Sequence[str]  # host names and addresses it is for
-
-
 def explain_refusal(
     error: ssl.SSLCertVerificationError, url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
 ) -> UpstreamError:
     """Return what is wrong with the certificate of the host of *url*, and what to configure."""
-    shown, now = peer_certificate(url, proxy, attempt), datetime.datetime.now(datetime.timezone.utc)
-    code, path = error.verify_code, f"providers.{attempt.provider.name}"
-    why = f"is refused: {error.verify_message}"
-    if shown and code in (18, 19, 20, 21):  # X509_V_ERR_...: self-signed, or no way to a root
-        missing = f"which is not trusted; set {path}.ca_file"
-        if attempt.provider.ca_file:
-            missing = f"which is neither among the system's roots nor in {path}.ca_file"
-        why = f"is signed by {describe(shown.issuer)}, {missing}"
-    elif shown and code == 10 and shown.not_after < now:
-        why = f"expired on {shown.not_after:%Y-%m-%d}"
-    elif shown and code == 10:
-        why = (
-            f"is signed by {describe(shown.issuer)}: that certificate or one above it has expired; check {path}.ca_file"
-        )
-    elif shown and code == 9 and shown.not_before > now:
-        why = f"is not valid before {shown.not_before:%Y-%m-%d}; check the clock of this machine"
-    elif shown and code in (62, 64):  # another host name, another address
-        names = ", ".join(map(describe, shown.names[:5])) or "no name at all"
-        why = f"is for {names}, not for {url.hostname}; check {path}.api_base_url"
-    return UpstreamError(f"certificate of {url.hostname} {why}")
+    provider, case = attempt.provider, ""
+    facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
+    with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
+        shown = peer_certificate(url, proxy, attempt)
+        facts["issuer"] = describe(common_name(shown["issuer"]))
+        names = [describe(name) for kind, name in shown.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+        facts["names"] = ", ".join(names[:5]) or "no name at all"
+        end = ssl.cert_time_to_seconds(shown["notAfter"])
+        facts["end"] = time.strftime("%Y-%m-%d", time.gmtime(end))
+        case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
+    meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
+    return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
 
 
 def peer_certificate(
     url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> Optional[Certificate]:
-    """Return the certificate that was refused, to name its issuer: after a failed handshake Python shows nothing of it.
+) -> Mapping[str, Any]:
+    """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
 
-    So there is a second handshake that checks nothing; its connection never carries a request and ends at once.
+    After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its connection
+    never carries a request and ends at once.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    try:
-        with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
-            return read_certificate(tls.getpeercert(binary_form=True) or b"")
-    except (UpstreamError, ValueError, IndexError):
-        return None
+    with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
+        context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse anything; without it getpeercert() shows nothing
+        return tls.getpeercert() or {}
 
 
-def read_certificate(der: bytes) -> Certificate:
-    """Return what X.509 (RFC 5280 4.1) says in *der*; ValueError or IndexError if it says something else."""
-    ((_, signed), *_), names = der_items(der_items(der)[0][1]), []
-    items = der_items(signed)
-    _, _, (_, issuer), (_, validity), (_, subject) = [item for item in items if item[0] != 0xA0][:5]  # [0]: version
-    for _, extension in [one for tag, content in items if tag == 0xA3 for one in der_items(der_items(content)[0][1])]:
-        (_, kind), *_, (_, value) = der_items(extension)
-        for tag, name in der_items(der_items(value)[0][1]) if kind == b"\x55\x1d\x11" else ():  # subjectAltName
-            if tag in (0x82, 0x87):  # dNSName, iPAddress
-                names.append(name.decode("ascii") if tag == 0x82 else str(ipaddress.ip_address(name)))
-    begin, end = [x509_time(*item) for item in der_items(validity)]
-    return Certificate(common_name(subject), common_name(issuer), begin, end, names)
-
-
-def x509_time(tag: int, text: bytes) -> datetime.datetime:
-    form = "%y%m%d%H%M%SZ" if tag == 0x17 else "%Y%m%d%H%M%SZ"  # UTCTime has two digits for the year
-    return datetime.datetime.strptime(text.decode("ascii"), form).replace(tzinfo=datetime.timezone.utc)
-
-
-def common_name(name: bytes) -> str:
-    """Return the common name in an X.501 name, all of its parts if there is none."""
-    parts = {}
-    for _, relative in der_items(name):
-        (_, kind), (tag, text) = der_items(der_items(relative)[0][1])
-        parts[kind] = text.decode("utf-16-be" if tag == 0x1E else "utf-8", "replace")  # 1E: BMPString
-    return parts.get(b"\x55\x04\x03") or ", ".join(parts.values())
-
-
-def der_items(data: bytes) -> List[Tuple[int, bytes]]:
-    """Return tag and content of each DER element in *data*."""
-    items, at = [], 0
-    while at < len(data):
-        tag, size, at = data[at], data[at + 1], at + 2
-        if size > 127:  # the length of the length
-            size, at = int.from_bytes(data[at : at + size - 128], "big"), at + size - 128
-        items.append((tag, data[at : at + size]))
-        at += size
-    return items
+def common_name(name: Any) -> str:
+    """Return the common name in a name as getpeercert() has it (pairs in pairs), all of its parts if there is none."""
+    parts: Dict[str, str] = dict(sum(name, ()))
+    return parts.get("commonName") or ", ".join(parts.values())
 
 
 class ZstdFrame:
@@ -3346,9 +3288,9 @@ class ZstdFrame:
                 left = library.ZSTD_decompressStream(context, taken, given)
                 if left < 0:
                     raise zlib.error(library.ZSTD_getErrorName(ctypes.c_size_t(left)).decode())
-                out += memoryview(piece)[: taken[2]]
+                out += piece[: taken[2]]
                 self.eof = not left
-                if given[2] == len(raw) and taken[2] < taken[1]:
+                if taken[2] < taken[1]:
                     break  # all that came has been used
         finally:
             library.ZSTD_freeDStream(context)
@@ -5880,27 +5822,30 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 16  Check -- judge_answer, judge_headers, notes_on, render_checkups; Checkup, check_upstreams: the doctor, for
-#     `check`.  May be skipped.
+# 16  Check -- judge_answer, judge_headers, judge_way, notes_on, examine, check_upstreams, render_checkups: the doctor,
+#     for `check`.  May be skipped.
 # ---------------------------------------------------------------------------
 
 CHECK_S: Final = 10.0  # for all upstreams together, however many hang
 EXPIRES_SOON_DAYS: Final = 21
 CLOCK_SKEW_S: Final = 60
-COLOURS: Final = {"note": 2, "ok": 32, "warn": 33, "FAIL": 31}  # by verdict (ECMA-48 8.3.117), the worst last
-# Status, with a web page or not; verdict and what it means.  {}: the provider's place in the file, and its credential.
+VERDICTS: Final = ("note", "ok", "warn", "FAIL")  # the worst last
+# Status, with a web page or not, and how we would show ourselves if no credential was sent; verdict and what it means.
+# {}: the provider's place in the file, and its credential.
 STATUSES: Final = (
     ("2.. page", "FAIL", "a web page, no API; check {}.api_base_url"),
     ("2..", "warn", "no list of models; is this the API? check {}.api_base_url"),
     ("3..", "FAIL", "a redirect, and none is followed; check {}.api_base_url"),
     ("400 page", "FAIL", "a web page refuses; does it want https, or a client certificate? check {}"),  # nginx says so
     ("400", "warn", "malformed to it; does it want https, or one spelling only (session_headers)? check {}"),
+    ("40[13] .*key", "FAIL", "it wants a key; set {}.api_key"),
+    ("40[13] .*(oauth|passthrough)", "ok", "reached; it wants a credential, and none is here"),
     ("40[13] page", "FAIL", "a web page refuses: a login or firewall before the API? check {}.api_base_url"),
     ("40[13]", "FAIL", "the key is refused; check {}.{}"),
     ("404", "warn", "no list of models; if requests fail as well, check {}.api_base_url"),
     ("429", "warn", "reached, but it limits us now"),
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
-    (".*", "ok", "reached; it lists no models"),
+    ("", "ok", "reached; it lists no models"),
 )
 # Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
 # three for those with TLS.
@@ -5911,40 +5856,53 @@ VARIABLES: Final = (
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
     ("sslkeylogfile", "not used: keys of connections are never written"),
 )
-Judgement = Tuple[str, str, Dict[str, Any]]  # verdict (of COLOURS), text, facts for --json
+Judgement = Tuple[str, str, Dict[str, Any]]  # verdict, text, facts for --json
 
 
 def judge_answer(
     provider: Provider, answer: AnswerHead, body: Mapping[str, Any], models: Iterable[str], has_key: bool
 ) -> Judgement:
     """Judge the answer to GET /models, with the JSON in its *body*; *models* are those that we would ask for."""
-    status, place, facts = answer.status, f"providers.{provider.name}", {"status": answer.status}
     # OpenAI has them in "data", each with an "id", the Codex backend in "models", each with a "slug".
     listed = body.get("data", body.get("models"))
-    if status < 300 and isinstance(listed, list):
+    if answer.status < 300 and isinstance(listed, list):
         names = {str(one.get("id") or one.get("slug")) for one in listed if isinstance(one, dict)}
         missing = [] if "*" in names else sorted(set(models) - names)
         text = f"models listed: {len(names)}, {'not ' + ', '.join(missing) if missing else 'ours among them'}"
-        return "warn" if missing else "ok", text, {**facts, "models": len(names), "missing": missing}
-    if status in (401, 403) and not has_key:
-        if provider.auth == "key":
-            return "FAIL", f"it wants a key; set {place}.api_key", facts
-        return "ok", "reached; it wants a credential, and none is here", facts
-    kind = f"{status} page" if "html" in (answer.headers.get("content-type") or "").lower() else str(status)
-    verdict, text = next(row[1:] for row in STATUSES if re.match(row[0], kind))
-    return verdict, text.format(place, "auth_file" if provider.auth == "oauth" else "api_key"), facts
+        return "warn" if missing else "ok", text, {"models": len(names), "missing": missing}
+    page = "page" if "html" in (answer.headers.get("content-type") or "").lower() else ""
+    case = f"{answer.status} {page} {'' if has_key else provider.auth}"
+    verdict, text = next(row[1:] for row in STATUSES if re.match(row[0], case))
+    credential = "auth_file" if provider.auth == "oauth" else "api_key"
+    return verdict, text.format(f"providers.{provider.name}", credential), {}
 
 
 def judge_headers(provider: Provider, sent: Sequence[Field], echo: Any) -> Judgement:
     """Judge whether the routing headers arrive; *echo* is what the upstream says that it received."""
-    names = {name.lower() for name in (*provider.session_headers, *provider.affinity_headers, "x-client-request-id")}
-    routing = {name.lower(): value for name, value in sent if name.lower() in names}
     if not isinstance(echo, dict):
         return "note", "not known whether the routing headers arrive: it does not echo", {"arrive": None}
+    names = {name.lower() for name in (*provider.session_headers, *provider.affinity_headers, "x-client-request-id")}
+    routing = {name.lower(): value for name, value in sent if name.lower() in names}
     lost = [name for name, value in routing.items() if echo.get(name) != value]
     if lost:
         return "FAIL", f"lost or changed on the way: {', '.join(lost)}", {"arrive": False}
     return "ok", f"{', '.join(routing)} arrive", {"arrive": True}
+
+
+def judge_certificate(sock: ssl.SSLSocket) -> Judgement:
+    """Judge the certificate that was shown, and accepted, on *sock*."""
+    shown: Any = sock.getpeercert()
+    days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) // 86400)
+    subject = common_name(shown["subject"]) or shown["subjectAltName"][0][1]
+    issuer = common_name(shown["issuer"])
+    facts = {"version": sock.version(), "subject": subject, "issuer": issuer, "days_left": days}
+    text = f"{sock.version()}, {days} days left, {describe(subject)} signed by {describe(issuer)}"
+    if sys.version_info >= (3, 13):
+        reader = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # shows what is in a certificate, if it is a CA's
+        reader.load_verify_locations(cadata=sock.get_verified_chain()[-1])
+        facts["root"] = next((common_name(root["subject"]) for root in reader.get_ca_certs()), issuer)
+        text += f", root {describe(facts['root'])}" if facts["root"] != issuer else ""
+    return "warn" if days < EXPIRES_SOON_DAYS else "ok", text, facts
 
 
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
@@ -5953,192 +5911,140 @@ def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> Lis
     has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
     for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
-        names = [name for name, value in sorted(variables.items()) if value and re.fullmatch(pattern, name.lower())]
+        names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
 
 
-def notes_on_our_certificates(config: Config) -> List[str]:
-    """Return which of those that we show end soon, or have ended: no row tells, for only the other side looks."""
-    files = [("tls.cert", config.tls.cert)] if config.tls else []
-    enabled = [(f"providers.{one.name}.client_cert", one) for one in config.providers.values() if one.enabled]
-    files += [(where, one.client_cert) for where, one in enabled if one.client_cert]
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(EXPIRES_SOON_DAYS)
-    notes = []
-    for where, path in files:
-        with contextlib.suppress(OSError, ValueError, IndexError), open(
-            path, encoding="latin-1"
-        ) as file:  # OpenSSL could
-            pem = file.read().partition("-----BEGIN CERTIFICATE-----")[1:]
-            end = "-----END CERTIFICATE-----"
-            shown = read_certificate(ssl.PEM_cert_to_DER_cert("".join(pem).partition(end)[0] + end))
-            notes += [f"{where}: {path} is good until {shown.not_after:%Y-%m-%d}"] if shown.not_after < soon else []
-    return notes
+def finding(phase: str, verdict: str, text: str, facts: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return a row of the table; *facts* are for --json."""
+    return {"phase": phase, "verdict": verdict, "text": text, **facts}
 
 
-def render_checkups(found: Mapping[str, Any], width: int, is_coloured: bool) -> str:
-    """Return what check_upstreams has found, for a terminal of *width* columns."""
-    lines: List[str] = []
-    for upstream in found["upstreams"]:
-        lines.append(one_line(f"{upstream['provider']}  {upstream['base_url']}"))
-        for row in upstream["findings"]:
-            text = f"  {row['verdict']:<4}  {row['phase']:<7}  {one_line(row['text'])}"
-            first, *more = textwrap.wrap(text, width, subsequent_indent=" " * 17, break_on_hyphens=False)
-            if is_coloured:
-                first = f"  \033[{COLOURS[row['verdict']]}m{first[2:6]}\033[m{first[6:]}"
-            lines += [first, *more]
-    for note in found["notes"]:
-        lines += textwrap.wrap(one_line(f"note: {note}"), width, subsequent_indent=" " * 6, break_on_hyphens=False)
-    verdicts = [upstream["verdict"] for upstream in found["upstreams"]]
-    counts = [("ok", "ok"), ("warn", "with a warning"), ("FAIL", "failed")]
-    summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in counts if name in verdicts)
-    return "\n".join([*lines, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"])
+def examine(state: State, target: Target, until: float, may_guess: bool = True) -> Iterator[Dict[str, Any]]:
+    """Ask *target* for its models, which costs no tokens, the way that requests take; yield what is found.
 
-
-class Checkup:
-    """One upstream examined, in a thread that does nothing but append to findings, and sets is_done last."""
-
-    def __init__(self, state: State, target: Target, until: float) -> None:
-        self.target = target  # without a model
-        self.findings: List[Dict[str, Any]] = []
-        self.is_done = False
-        self._state, self._until = state, until  # monotonic
-        self._phase = "key"
-
-    def _add(self, verdict: str, text: str, facts: Mapping[str, Any]) -> None:
-        self.findings.append({"phase": self._phase, "verdict": verdict, "text": text, **facts})
-
-    def run(self, may_guess: bool = True) -> None:
-        """With *may_guess*, a base URL at which nothing is found is tried with /v1, or without."""
-        began = time.monotonic()
-        try:
-            self._ask(may_guess)
-        except ProxyError as error:
-            took = f"{time.monotonic() - began:.2g} s"  # all share CHECK_S: it may have been less
-            text = error.message.replace("upstream connection error: ", "")
-            self._phase = "TLS" if re.match("certificate of |no TLS ", text) else self._phase
-            self._add("FAIL", text.replace(f"the connect_timeout_s of {self.target.provider.name}", took), {})
-        self.is_done = True
-
-    def _ask(self, may_guess: bool) -> None:
-        """Ask for the list of models, which costs no tokens, the way that requests take; judge what comes."""
-        provider, began, session = self.target.provider, time.monotonic(), Session("plexus-check")
+    *until* is monotonic.  With *may_guess*, a base URL at which nothing is found is tried with /v1, or without.
+    """
+    provider, session, phase, began = target.provider, Session("plexus-check"), "key", time.monotonic()
+    try:
+        credential = state.credentials.fields(provider, may_wait=False)
+        hours = round((state.credentials.expires(provider) - time.time()) / 3600, 1)
+        if credential is None:  # a refresh token is too precious for a question
+            text = "the access token has to be renewed, which serving does"
+            yield finding(phase, "warn", text, {"hours_left": hours})
+        elif hours < math.inf:
+            yield finding(phase, "ok", f"the access token expires in {hours} h", {"hours_left": hours})
+        phase = "connect"
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
-        sent = outbound_fields(ours, provider, session, session.value, credential=self._credential())
-        seconds = min(provider.timeout_s("connect_timeout_s", self._state.config.limits), self._until - began)
-        target = dataclasses.replace(self.target, provider=dataclasses.replace(provider, connect_timeout_s=seconds))
-        self._phase = "connect"
-        upstream = self._state.transport.send(
-            OutboundRequest(target, "/models", "GET", sent, None, lambda: False, fresh=True, may_wait=True)
+        sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())
+        seconds = min(provider.timeout_s("connect_timeout_s", state.config.limits), until - began)
+        bounded = Target(dataclasses.replace(provider, connect_timeout_s=seconds), target.base_url, "")
+        upstream = state.transport.send(
+            OutboundRequest(bounded, "/models", "GET", sent, None, lambda: False, fresh=True, may_wait=True)
         )
         assert upstream is not None
-        with contextlib.closing(upstream):
-            attempt = Attempt(provider, self._until, lambda: False)
-            with attempt.at("answer"):
-                self._judge_way(upstream.sock, time.monotonic() - began)
-                self._phase, began = "HTTP", time.monotonic()
-                answer, raw = read_whole(upstream.sock, attempt, self._state.config.limits.max_header_bytes)
+        sent_at = time.monotonic()
+        attempt = Attempt(provider, until, lambda: False)
+        with contextlib.closing(upstream), attempt.at("answer"):
+            yield from judge_way(target, upstream.sock, sent_at - began)
+            phase = "HTTP"
+            answer, raw = read_whole(upstream.sock, attempt)
         if answer.status == 407 and upstream.proxy:
             raise wrong_password(upstream.proxy, provider)
-        self._judge(answer, raw, sent, upstream.proxy, round((time.monotonic() - began) * 1000, 1))
-        if answer.status == 404 and may_guess:
-            self._guess()
-        self._judge_clock(answer.headers)
-
-    def _judge(
-        self, answer: AnswerHead, raw: bytes, sent: Sequence[Field], proxy: Optional[ForwardProxy], took_ms: float
-    ) -> None:
-        provider = self.target.provider
-        body: Mapping[str, Any] = {}
+        ms, body = round((time.monotonic() - sent_at) * 1000, 1), {}
         with contextlib.suppress(ProxyError):
             body = parse_json_body(raw).members
-        targets = [one for some in self._state.catalogue.values() for one in some if one.place == self.target.place]
+        models = [one.model for some in state.catalogue.values() for one in some if one.place == target.place]
         has_key = any(name.lower() in CREDENTIALS for name, _ in sent)
-        verdict, text, facts = judge_answer(provider, answer, body, [one.model for one in targets], has_key)
-        if 300 <= answer.status < 400:
-            where = mask((answer.headers.get("location") or "").encode("latin-1"), secrets_of(sent, proxy))
-            text += f"; it leads to {describe(where.decode('latin-1'))}"
-        by = f", perhaps from the proxy {proxy.name}" if proxy and verdict == "FAIL" else ""
-        self._add(verdict, f"{answer.status} in {took_ms} ms{by}: {text}", {**facts, "ms": took_ms})
+        verdict, text, facts = judge_answer(provider, answer, body, models, has_key)
+        by = f", perhaps from the proxy {upstream.proxy.name}" if upstream.proxy and verdict == "FAIL" else ""
+        facts = {"status": answer.status, "ms": ms, **facts}
+        yield finding(phase, verdict, f"{answer.status} in {ms} ms{by}: {text}", facts)
         if answer.status < 300 and verdict != "FAIL":
-            self._phase = "headers"
-            self._add(*judge_headers(provider, sent, body.get("echo")))
-
-    def _credential(self) -> Sequence[Field]:
-        credentials, provider = self._state.credentials, self.target.provider
-        credential = credentials.fields(provider, may_wait=False)
-        hours = (credentials.expires(provider) - time.time()) / 3600
-        if credential is None:  # a refresh token is too precious for a question
-            self._add("warn", "the access token has to be renewed, which serving does", {"hours_left": round(hours, 1)})
-        elif hours < math.inf:
-            self._add("ok", f"the access token expires in {hours:.1f} h", {"hours_left": round(hours, 1)})
-        return credential or ()
-
-    def _judge_way(self, sock: socket.socket, seconds: float) -> None:
-        if self.target.base_url == "demo://":
-            return
-        proxy, address = find_proxy(self.target.provider, self.target.base_url), None
-        with contextlib.suppress(OSError):  # it may have closed already
-            address = join_authority(*sock.getpeername()[:2])
-        way = f"through the proxy {proxy.name}" if proxy else "direct"
-        took_ms = round(seconds * 1000, 1)
-        facts: Dict[str, Any] = {"address": address, "proxy": proxy.name if proxy else None, "ms": took_ms}
-        self._add("ok", f"{address or 'closed since'}, {way}, {took_ms} ms", facts)
-        if not isinstance(sock, ssl.SSLSocket):
-            return
-        self._phase = "TLS"
-        with contextlib.suppress(ValueError, IndexError):  # OpenSSL could read it, and has accepted it
-            shown = read_certificate(sock.getpeercert(binary_form=True) or b"")
-            days = (shown.not_after - datetime.datetime.now(datetime.timezone.utc)).days
-            subject = shown.subject or ", ".join(shown.names[:1])
-            facts = {"version": sock.version(), "subject": subject, "issuer": shown.issuer, "days_left": days}
-            text = f"{sock.version()}, {days} days left, {describe(subject)} signed by {describe(shown.issuer)}"
-            if sys.version_info >= (3, 13):
-                facts["root"] = read_certificate(sock.get_verified_chain()[-1]).subject
-                text += f", root {describe(facts['root'])}" if facts["root"] != shown.issuer else ""
-            self._add("warn" if days < EXPIRES_SOON_DAYS else "ok", text, facts)
-
-    def _judge_clock(self, headers: Headers) -> None:
-        self._phase = "clock"
-        theirs = unix_time(headers.get("date") or "")
+            yield finding("headers", *judge_headers(provider, sent, body.get("echo")))
+        if answer.status == 404 and may_guess:
+            yield from guess(state, target, until)
+        theirs = unix_time(answer.headers.get("date") or "")
         if theirs is not None:
             ahead = round(time.time() - theirs)
             verdict = "warn" if abs(ahead) > CLOCK_SKEW_S else "ok"
-            self._add(verdict, f"{ahead:+d} s against the upstream's", {"ahead_s": ahead})
+            yield finding("clock", verdict, f"{ahead:+d} s against the upstream's", {"ahead_s": ahead})
+    except ProxyError as error:
+        took = f"{time.monotonic() - began:.2g} s"  # all share CHECK_S: it may have been less
+        text = error.message.replace("upstream connection error: ", "")
+        phase = "TLS" if re.match("certificate of |no TLS ", text) else phase
+        yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took), {})
 
-    def _guess(self) -> None:
-        """Say which base URL was probably meant, if something answers there."""
-        shorter = re.sub("/(v1|responses|chat/completions)$", "", self.target.base_url)
-        url = f"{shorter}/v1" if shorter == self.target.base_url else shorter
-        other = Checkup(self._state, dataclasses.replace(self.target, base_url=url), self._until)
-        other.run(may_guess=False)
-        answers = [row for row in other.findings if row["phase"] == "HTTP"]
-        if any(row["verdict"] == "ok" or row.get("status") in (401, 403) for row in answers):
-            text = f"{url} answers; set providers.{self.target.provider.name}.api_base_url to that"
-            self._add("FAIL", text, {"base_url": url})
+
+def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Dict[str, Any]]:
+    if target.base_url == "demo://":
+        return
+    proxy, address, ms = find_proxy(target.provider, target.base_url), None, round(seconds * 1000, 1)
+    with contextlib.suppress(OSError):  # it may have closed already
+        address = join_authority(*sock.getpeername()[:2])
+    text = f"{address or 'closed since'}, {'through the proxy ' + proxy.name if proxy else 'direct'}, {ms} ms"
+    facts = {"address": address, "proxy": proxy.name if proxy else None, "ms": ms}
+    yield finding("connect", "ok", text, facts)
+    if isinstance(sock, ssl.SSLSocket):
+        yield finding("TLS", *judge_certificate(sock))
+
+
+def guess(state: State, target: Target, until: float) -> Iterator[Dict[str, Any]]:
+    """Say which base URL was probably meant, if something answers there."""
+    shorter = re.sub("/(v1|responses|chat/completions)$", "", target.base_url)
+    url = f"{shorter}/v1" if shorter == target.base_url else shorter
+    rows = examine(state, Target(target.provider, url, ""), until, may_guess=False)
+    if any(row["phase"] == "HTTP" and (row["verdict"] == "ok" or row.get("status") in (401, 403)) for row in rows):
+        text = f"{url} answers; set providers.{target.provider.name}.api_base_url to that"
+        yield finding("HTTP", "FAIL", text, {"base_url": url})
 
 
 def check_upstreams(state: State) -> Dict[str, Any]:
     """Return what is found of every upstream of *state*, and of what is around."""
     until = time.monotonic() + CHECK_S
     providers = [provider for provider in state.config.providers.values() if provider.enabled]
-    checkups = [Checkup(state, Target(one, url, ""), until) for one in providers for url in one.urls()]
-    threads = [threading.Thread(target=checkup.run, daemon=True) for checkup in checkups]
+    targets = [Target(one, url, "") for one in providers for url in one.urls()]  # without a model
+    # The last row of each until it is done: getaddrinfo alone has no time limit.
+    hangs = finding("connect", "FAIL", f"not done within {CHECK_S:g} s; does the name server answer?", {})
+    found = [[hangs] for _ in targets]
+
+    def run(target: Target, findings: List[Dict[str, Any]]) -> None:
+        for one in examine(state, target, until):
+            findings.insert(-1, one)
+        findings.pop()
+
+    threads = [threading.Thread(target=run, args=both, daemon=True) for both in zip(targets, found)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
     upstreams = []
-    for one in checkups:
-        findings = list(one.findings)
-        if not one.is_done:  # getaddrinfo alone has no time limit
-            text = f"not done within {CHECK_S:g} s; does the name server answer?"
-            findings.append({"phase": "connect", "verdict": "FAIL", "text": text})
-        verdict = max((row["verdict"] for row in findings), key=list(COLOURS).index)
-        facts = {"provider": one.target.provider.name, "base_url": one.target.base_url, "verdict": verdict}
+    for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
+        verdict = max((row["verdict"] for row in findings), key=VERDICTS.index)
+        facts = {"provider": target.provider.name, "base_url": target.base_url, "verdict": verdict}
         upstreams.append({**facts, "findings": findings})
-    notes = [*state.credentials.look_again(), *notes_on_our_certificates(state.config)]
-    return {"upstreams": upstreams, "notes": [*notes, *notes_on(os.environ, providers)]}
+    return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
+
+
+def render_checkups(found: Mapping[str, Any], width: int) -> str:
+    """Return what check_upstreams has found, for a terminal of *width* columns."""
+    import textwrap
+
+    rows = []  # the column of further lines, text
+    for one in found["upstreams"]:
+        rows.append((0, f"{one['provider']}  {one['base_url']}"))
+        rows += [(17, f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}") for row in one["findings"]]
+    rows += [(6, f"note: {note}") for note in found["notes"]]
+    verdicts = [one["verdict"] for one in found["upstreams"]]
+    counts = [("ok", "ok"), ("warn", "with a warning"), ("FAIL", "failed")]
+    summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in counts if name in verdicts)
+    rows.append((0, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"))
+    return "\n".join(
+        line
+        for indent, text in rows
+        for line in textwrap.wrap(one_line(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -6375,9 +6281,8 @@ def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
-    is_coloured = os.isatty(1) and not os.environ.get("NO_COLOR") and sys.platform != "win32"
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    say(json.dumps(found) if options.json else render_checkups(found, width, is_coloured))
+    say(json.dumps(found) if options.json else render_checkups(found, width))
     has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 

@@ -2759,15 +2759,13 @@ TLS_FAILURES: Final = (
     ("key values mismatch|key type mismatch", "the key does not match the certificate"),
     ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
 )
-# The same for a certificate that is refused, by OpenSSL's X509_V_ERR_..., and "expired" if it is, "ca_file" if one is set.
+# The same for certificates that are refused: X509_V_ERR_..., "expired" if it is, "ca_file" if the provider has one.
+NO_ROOT: Final = "(18|19|20|21)"  # self-signed, or no way to a root
 REFUSALS: Final = (
-    (
-        "(18|19|20|21).* ca_file",
-        "is signed by {issuer}, which is neither among the system's roots nor in {path}.ca_file",
-    ),
-    (r"(18|19|20|21)\b", "is signed by {issuer}, which is not trusted; set {path}.ca_file"),
+    (NO_ROOT + ".* ca_file", "is signed by {signer}, which is neither among the system's roots nor in {path}.ca_file"),
+    (NO_ROOT + r"\b", "is signed by {signer}, which is not trusted; set {path}.ca_file"),
     ("10 expired", "expired on {end}"),
-    (r"10\b", "is signed by {issuer}: that certificate or one above it has expired; check {path}.ca_file"),
+    (r"10\b", "is signed by {signer}: that certificate or one above it has expired; check {path}.ca_file"),
     (r"9\b", "is refused: {words}; check the clock of this machine"),
     ("62|64", "is for {names}, not for {host}; check {path}.api_base_url"),
     ("", "is refused: {words}"),
@@ -2996,7 +2994,7 @@ class Attempt(NamedTuple):
 
     @contextlib.contextmanager
     def at(self, phase: str, sock: Optional[socket.socket] = None) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile, and close *sock*.  For SSLCertVerificationError see explain_refusal."""
+        """Name *phase* in what goes wrong meanwhile, and close *sock*; for what TLS refuses, see explain_refusal."""
         try:
             yield
         except BaseException as error:
@@ -3009,30 +3007,25 @@ class Attempt(NamedTuple):
                 raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
             raise
 
-    def wait(self, sock: socket.socket, events: int) -> None:
-        """Wait until *sock* is ready for *events* (selectors' bits).
+    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
+        """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
 
         Raises TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
         """
         # epoll would cost a descriptor
         with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:
-            selector.register(sock, events)
+            selector.register(sock, selectors.EVENT_WRITE)
             while not self.is_gone():
                 left = self.deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError("it took too long")
                 if selector.select(min(left, GONE_CHECK_S)):
-                    return
+                    try:
+                        return step(*values)
+                    except BLOCKED as error:
+                        is_full = isinstance(error, ssl.SSLWantWriteError)
+                        selector.modify(sock, selectors.EVENT_WRITE if is_full else selectors.EVENT_READ)
         raise ClientGone
-
-    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
-        """Return what *step* of *sock* returns for *values*; it is repeated for as long as *sock* is not ready for it."""
-        while True:
-            try:
-                return step(*values)
-            except BLOCKED as error:
-                wants_write = isinstance(error, ssl.SSLWantWriteError)
-                self.wait(sock, selectors.EVENT_WRITE if wants_write else selectors.EVENT_READ)
 
 
 def reason_of(error: Exception, path: str = "") -> str:
@@ -3069,8 +3062,7 @@ def connect_tcp(host: str, port: int, name: str, attempt: Attempt) -> socket.soc
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
                 with contextlib.suppress(BlockingIOError):  # it is under way
                     sock.connect(address)
-                attempt.wait(sock, selectors.EVENT_WRITE)
-                result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                result = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
                 if result:
                     raise OSError(result, os.strerror(result))
                 return sock
@@ -3230,7 +3222,7 @@ def explain_refusal(
     facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
     with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
         shown = peer_certificate(url, proxy, attempt)
-        facts["issuer"] = describe(common_name(shown["issuer"]))
+        facts["signer"] = describe(common_name(shown["issuer"]))
         names = [describe(name) for kind, name in shown.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
         facts["names"] = ", ".join(names[:5]) or "no name at all"
         end = ssl.cert_time_to_seconds(shown["notAfter"])
@@ -3288,7 +3280,7 @@ class ZstdFrame:
                 left = library.ZSTD_decompressStream(context, taken, given)
                 if left < 0:
                     raise zlib.error(library.ZSTD_getErrorName(ctypes.c_size_t(left)).decode())
-                out += piece[: taken[2]]
+                out += memoryview(piece)[: taken[2]]
                 self.eof = not left
                 if taken[2] < taken[1]:
                     break  # all that came has been used
@@ -5847,8 +5839,7 @@ STATUSES: Final = (
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
     ("", "ok", "reached; it lists no models"),
 )
-# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
-# three for those with TLS.
+# Variables of the environment, and what they are to us; the first row is for those without "proxy": "env".
 VARIABLES: Final = (
     ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
     ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
@@ -5856,7 +5847,8 @@ VARIABLES: Final = (
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
     ("sslkeylogfile", "not used: keys of connections are never written"),
 )
-Judgement = Tuple[str, str, Dict[str, Any]]  # verdict, text, facts for --json
+Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; and facts for --json
+Judgement = Tuple[str, str, Finding]  # verdict, text, facts
 
 
 def judge_answer(
@@ -5908,20 +5900,19 @@ def judge_certificate(sock: ssl.SSLSocket) -> Judgement:
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
-    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
-    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
+    for pattern, text in VARIABLES[has_env:]:
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
 
 
-def finding(phase: str, verdict: str, text: str, facts: Mapping[str, Any]) -> Dict[str, Any]:
+def finding(phase: str, verdict: str, text: str, facts: Finding) -> Finding:
     """Return a row of the table; *facts* are for --json."""
     return {"phase": phase, "verdict": verdict, "text": text, **facts}
 
 
-def examine(state: State, target: Target, until: float, may_guess: bool = True) -> Iterator[Dict[str, Any]]:
+def examine(state: State, target: Target, until: float, may_guess: bool = True) -> Iterator[Finding]:
     """Ask *target* for its models, which costs no tokens, the way that requests take; yield what is found.
 
     *until* is monotonic.  With *may_guess*, a base URL at which nothing is found is tried with /v1, or without.
@@ -5930,11 +5921,9 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
     try:
         credential = state.credentials.fields(provider, may_wait=False)
         hours = round((state.credentials.expires(provider) - time.time()) / 3600, 1)
-        if credential is None:  # a refresh token is too precious for a question
-            text = "the access token has to be renewed, which serving does"
-            yield finding(phase, "warn", text, {"hours_left": hours})
-        elif hours < math.inf:
-            yield finding(phase, "ok", f"the access token expires in {hours} h", {"hours_left": hours})
+        if hours < math.inf:  # the access token says when it expires; a refresh token is too precious for a question
+            text = "has to be renewed, which serving does" if credential is None else f"expires in {hours} h"
+            yield finding(phase, "ok" if credential else "warn", f"the access token {text}", {"hours_left": hours})
         phase = "connect"
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
         sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())
@@ -5977,7 +5966,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took), {})
 
 
-def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Dict[str, Any]]:
+def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
     if target.base_url == "demo://":
         return
     proxy, address, ms = find_proxy(target.provider, target.base_url), None, round(seconds * 1000, 1)
@@ -5990,7 +5979,7 @@ def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[D
         yield finding("TLS", *judge_certificate(sock))
 
 
-def guess(state: State, target: Target, until: float) -> Iterator[Dict[str, Any]]:
+def guess(state: State, target: Target, until: float) -> Iterator[Finding]:
     """Say which base URL was probably meant, if something answers there."""
     shorter = re.sub("/(v1|responses|chat/completions)$", "", target.base_url)
     url = f"{shorter}/v1" if shorter == target.base_url else shorter
@@ -6000,7 +5989,7 @@ def guess(state: State, target: Target, until: float) -> Iterator[Dict[str, Any]
         yield finding("HTTP", "FAIL", text, {"base_url": url})
 
 
-def check_upstreams(state: State) -> Dict[str, Any]:
+def check_upstreams(state: State) -> Finding:
     """Return what is found of every upstream of *state*, and of what is around."""
     until = time.monotonic() + CHECK_S
     providers = [provider for provider in state.config.providers.values() if provider.enabled]
@@ -6009,7 +5998,7 @@ def check_upstreams(state: State) -> Dict[str, Any]:
     hangs = finding("connect", "FAIL", f"not done within {CHECK_S:g} s; does the name server answer?", {})
     found = [[hangs] for _ in targets]
 
-    def run(target: Target, findings: List[Dict[str, Any]]) -> None:
+    def run(target: Target, findings: List[Finding]) -> None:
         for one in examine(state, target, until):
             findings.insert(-1, one)
         findings.pop()

@@ -2985,6 +2985,15 @@ class Transport(urllib.request.BaseHandler):
 # -- the way to an upstream: name, TCP, forward proxy, TLS --------------
 
 
+@contextlib.contextmanager
+def closing_on_error(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
 class Attempt(NamedTuple):
     """One attempt to reach an upstream: for whom, until when (monotonic), and whether nobody waits for it any more."""
 
@@ -2993,27 +3002,25 @@ class Attempt(NamedTuple):
     is_gone: Callable[[], bool]
 
     @contextlib.contextmanager
-    def at(self, phase: str, sock: Optional[socket.socket] = None) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile, and close *sock*; for what TLS refuses, see explain_refusal."""
+    def at(self, phase: str) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
         try:
             yield
-        except BaseException as error:
-            if sock:
-                sock.close()
-            if isinstance(error, TimeoutError):
-                message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
-                raise UpstreamError(message, "upstream_timeout") from None
-            if isinstance(error, (OSError, MalformedHTTP)) and not isinstance(error, ssl.SSLCertVerificationError):
-                raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
+        except TimeoutError:
+            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
+            raise UpstreamError(message, "upstream_timeout") from None
+        except ssl.SSLCertVerificationError:
             raise
+        except (OSError, MalformedHTTP) as error:
+            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
 
     def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
         """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
 
-        Raises TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
+        Else closes *sock*, with TimeoutError at the deadline, with ClientGone within a second of is_gone() turning true.
         """
         # epoll would cost a descriptor
-        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector:
+        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector, closing_on_error(sock):
             selector.register(sock, selectors.EVENT_WRITE)
             while not self.is_gone():
                 left = self.deadline - time.monotonic()
@@ -3025,7 +3032,7 @@ class Attempt(NamedTuple):
                     except BLOCKED as error:
                         is_full = isinstance(error, ssl.SSLWantWriteError)
                         selector.modify(sock, selectors.EVENT_WRITE if is_full else selectors.EVENT_READ)
-        raise ClientGone
+            raise ClientGone
 
 
 def reason_of(error: Exception, path: str = "") -> str:
@@ -3040,37 +3047,32 @@ def reason_of(error: Exception, path: str = "") -> str:
 def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
     """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    authority = join_authority(host, port)
-    if not proxy:
-        return connect_tcp(host, port, authority, attempt)
-    sock = connect_tcp(proxy.host, proxy.port, f"the proxy {proxy.name}", attempt)
-    if url.scheme == "https":
-        open_tunnel(sock, proxy, authority, attempt)
-    return sock
-
-
-def connect_tcp(host: str, port: int, name: str, attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket to the first address of *host* that answers; errors call it *name*."""
+    name = authority = join_authority(host, port)
+    if proxy:
+        host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
     with attempt.at(f"address of {host}"):
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     with attempt.at(f"connection to {name}"):
-        while True:
-            family, kind, protocol, _, address = addresses.pop(0)
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-                with contextlib.suppress(BlockingIOError):  # it is under way
-                    sock.connect(address)
-                result = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
-                if result:
-                    raise OSError(result, os.strerror(result))
-                return sock
-            except (OSError, ClientGone) as error:
-                sock.close()
-                # The deadline is that of all addresses; ETIMEDOUT of one looks the same, and is as final.
-                if not addresses or isinstance(error, (TimeoutError, ClientGone)):
-                    raise
+        sock = connect_tcp(addresses, attempt)
+    if proxy and url.scheme == "https":
+        with attempt.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
+            open_tunnel(sock, proxy, authority, attempt)
+    return sock
+
+
+def connect_tcp(addresses: List[Any], attempt: Attempt) -> socket.socket:
+    """Return a non-blocking socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
+    for family, kind, protocol, _, address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+        problem = sock.connect_ex(address)
+        if problem in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # it is under way; Windows has the latter
+            problem = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
+        if not problem:
+            return sock
+        sock.close()
+    raise OSError(problem, os.strerror(problem))
 
 
 def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
@@ -3104,17 +3106,16 @@ def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes
 
 
 def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
-    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6), or close it.  No byte of the proxy's goes further."""
-    with attempt.at(f"tunnel to {authority} through the proxy {proxy.name}", sock):
-        fields = render_fields([("Host", authority), *proxy.fields()])
-        sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-        answer, more = read_head(sock, attempt)
-        if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
-            raise wrong_password(proxy, attempt.provider)
-        if not 200 <= answer.status < 300:
-            raise ConnectionError(f"it answered {answer.status}")
-        if more:  # a TLS server does not speak first: these bytes are nobody's
-            raise ConnectionError("it answered more than a head")
+    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
+    fields = render_fields([("Host", authority), *proxy.fields()])
+    sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+    answer, more = read_head(sock, attempt)
+    if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
+        raise wrong_password(proxy, attempt.provider)
+    if not 200 <= answer.status < 300:
+        raise ConnectionError(f"it answered {answer.status}")
+    if more:  # a TLS server does not speak first: these bytes are nobody's
+        raise ConnectionError("it answered more than a head")
 
 
 def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
@@ -3126,11 +3127,11 @@ def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     """Return the forward proxy on the way to *base_url*; the environment has a say only if the provider wants it."""
     if isinstance(provider.proxy, ForwardProxy):
         return provider.proxy
-    url = urllib.parse.urlsplit(base_url)
-    found = urllib.request.getproxies().get(url.scheme) if provider.proxy == "env" else None
-    if not found or urllib.request.proxy_bypass(url.netloc):
+    scheme, authority = urllib.parse.urlsplit(base_url)[:2]
+    found = urllib.request.getproxies().get(scheme) if provider.proxy == "env" else None
+    if not found or urllib.request.proxy_bypass(authority):
         return None
-    path = f"providers.{provider.name}.proxy: {url.scheme.upper()}_PROXY"
+    path = f"providers.{provider.name}.proxy: {scheme.upper()}_PROXY"
     return a_proxy_url(found if "://" in found else "http://" + found, path)  # others take host:port there, too
 
 
@@ -3138,15 +3139,13 @@ def start_tls(
     sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
 ) -> ssl.SSLSocket:
     """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
-    phase = f"TLS handshake with {host}"
-    with attempt.at(phase, sock):
+    with attempt.at(f"TLS handshake with {host}"):
         # A ragged end must be an error: for a body that ends with the connection it is a cut.
         tls = context.wrap_socket(
             sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
         )
-    with attempt.at(phase, tls):
         attempt.finish(tls, tls.do_handshake)
-    return tls
+        return tls
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -5821,7 +5820,7 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 CHECK_S: Final = 10.0  # for all upstreams together, however many hang
 EXPIRES_SOON_DAYS: Final = 21
 CLOCK_SKEW_S: Final = 60
-VERDICTS: Final = ("note", "ok", "warn", "FAIL")  # the worst last
+VERDICTS: Final = {"note": "", "ok": "ok", "warn": "with a warning", "FAIL": "failed"}  # of an upstream; the worst last
 # Status, with a web page or not, and how we would show ourselves if no credential was sent; verdict and what it means.
 # {}: the provider's place in the file, and its credential.
 STATUSES: Final = (
@@ -6010,7 +6009,7 @@ def check_upstreams(state: State) -> Finding:
         thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
     upstreams = []
     for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
-        verdict = max((row["verdict"] for row in findings), key=VERDICTS.index)
+        verdict = max((row["verdict"] for row in findings), key=list(VERDICTS).index)
         facts = {"provider": target.provider.name, "base_url": target.base_url, "verdict": verdict}
         upstreams.append({**facts, "findings": findings})
     return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
@@ -6026,8 +6025,7 @@ def render_checkups(found: Mapping[str, Any], width: int) -> str:
         rows += [(17, f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}") for row in one["findings"]]
     rows += [(6, f"note: {note}") for note in found["notes"]]
     verdicts = [one["verdict"] for one in found["upstreams"]]
-    counts = [("ok", "ok"), ("warn", "with a warning"), ("FAIL", "failed")]
-    summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in counts if name in verdicts)
+    summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in VERDICTS.items() if name in verdicts)
     rows.append((0, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"))
     return "\n".join(
         line

@@ -3017,7 +3017,7 @@ class Attempt(NamedTuple):
     def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
         """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
 
-        Else closes *sock*, with TimeoutError at the deadline, with ClientGone within a second of is_gone() turning true.
+        Else closes *sock*; TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
         """
         # epoll would cost a descriptor
         with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector, closing_on_error(sock):
@@ -3221,11 +3221,10 @@ def explain_refusal(
     facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
     with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
         shown = peer_certificate(url, proxy, attempt)
-        facts["signer"] = describe(common_name(shown["issuer"]))
-        names = [describe(name) for kind, name in shown.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
-        facts["names"] = ", ".join(names[:5]) or "no name at all"
+        names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
         end = ssl.cert_time_to_seconds(shown["notAfter"])
-        facts["end"] = time.strftime("%Y-%m-%d", time.gmtime(end))
+        facts.update(signer=describe(common_name(shown["issuer"])), names=names or "no name at all")
+        facts.update(end=time.strftime("%Y-%m-%d", time.gmtime(end)))
         case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
     meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
     return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
@@ -3257,12 +3256,12 @@ class ZstdFrame:
     """zlib.decompressobj's interface to a frame, by the system's libzstd.  Frees what it takes before it returns."""
 
     eof = False
-    unused_data: Union[bytes, bytearray] = b""
+    unused_data = b""
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
-    def decompress(self, raw: Union[bytes, bytearray], max_length: int) -> bytearray:
+    def decompress(self, raw: bytes, max_length: int) -> bytearray:
         import ctypes
 
         library, buffer, out = self._library, ctypes.c_size_t * 3, bytearray()  # buffer: address, size, position
@@ -5846,8 +5845,12 @@ VARIABLES: Final = (
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
     ("sslkeylogfile", "not used: keys of connections are never written"),
 )
-Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; and facts for --json
-Judgement = Tuple[str, str, Finding]  # verdict, text, facts
+Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; for --json its figures, too
+Judgement = Tuple[str, str]  # verdict, text
+
+
+def finding(phase: str, verdict: str, text: str, **figures: float) -> Finding:
+    return {"phase": phase, "verdict": verdict, "text": text, **figures}
 
 
 def judge_answer(
@@ -5860,40 +5863,38 @@ def judge_answer(
         names = {str(one.get("id") or one.get("slug")) for one in listed if isinstance(one, dict)}
         missing = [] if "*" in names else sorted(set(models) - names)
         text = f"models listed: {len(names)}, {'not ' + ', '.join(missing) if missing else 'ours among them'}"
-        return "warn" if missing else "ok", text, {"models": len(names), "missing": missing}
+        return "warn" if missing else "ok", text
     page = "page" if "html" in (answer.headers.get("content-type") or "").lower() else ""
     case = f"{answer.status} {page} {'' if has_key else provider.auth}"
     verdict, text = next(row[1:] for row in STATUSES if re.match(row[0], case))
     credential = "auth_file" if provider.auth == "oauth" else "api_key"
-    return verdict, text.format(f"providers.{provider.name}", credential), {}
+    return verdict, text.format(f"providers.{provider.name}", credential)
 
 
 def judge_headers(provider: Provider, sent: Sequence[Field], echo: Any) -> Judgement:
     """Judge whether the routing headers arrive; *echo* is what the upstream says that it received."""
     if not isinstance(echo, dict):
-        return "note", "not known whether the routing headers arrive: it does not echo", {"arrive": None}
+        return "note", "not known whether the routing headers arrive: it does not echo"
     names = {name.lower() for name in (*provider.session_headers, *provider.affinity_headers, "x-client-request-id")}
     routing = {name.lower(): value for name, value in sent if name.lower() in names}
     lost = [name for name, value in routing.items() if echo.get(name) != value]
     if lost:
-        return "FAIL", f"lost or changed on the way: {', '.join(lost)}", {"arrive": False}
-    return "ok", f"{', '.join(routing)} arrive", {"arrive": True}
+        return "FAIL", f"lost or changed on the way: {', '.join(lost)}"
+    return "ok", f"{', '.join(routing)} arrive"
 
 
-def judge_certificate(sock: ssl.SSLSocket) -> Judgement:
+def judge_certificate(sock: ssl.SSLSocket) -> Finding:
     """Judge the certificate that was shown, and accepted, on *sock*."""
     shown: Any = sock.getpeercert()
     days = int((ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()) // 86400)
-    subject = common_name(shown["subject"]) or shown["subjectAltName"][0][1]
-    issuer = common_name(shown["issuer"])
-    facts = {"version": sock.version(), "subject": subject, "issuer": issuer, "days_left": days}
-    text = f"{sock.version()}, {days} days left, {describe(subject)} signed by {describe(issuer)}"
+    name = common_name(shown["subject"]) or shown["subjectAltName"][0][1]
+    text = f"{sock.version()}, {days} days left, {describe(name)} signed by {describe(common_name(shown['issuer']))}"
     if sys.version_info >= (3, 13):
         reader = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # shows what is in a certificate, if it is a CA's
         reader.load_verify_locations(cadata=sock.get_verified_chain()[-1])
-        facts["root"] = next((common_name(root["subject"]) for root in reader.get_ca_certs()), issuer)
-        text += f", root {describe(facts['root'])}" if facts["root"] != issuer else ""
-    return "warn" if days < EXPIRES_SOON_DAYS else "ok", text, facts
+        for root in reader.get_ca_certs():
+            text += f", root {describe(common_name(root['subject']))}"
+    return finding("TLS", "warn" if days < EXPIRES_SOON_DAYS else "ok", text, days_left=days)
 
 
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
@@ -5904,11 +5905,6 @@ def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> Lis
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
-
-
-def finding(phase: str, verdict: str, text: str, facts: Finding) -> Finding:
-    """Return a row of the table; *facts* are for --json."""
-    return {"phase": phase, "verdict": verdict, "text": text, **facts}
 
 
 def examine(state: State, target: Target, until: float, may_guess: bool = True) -> Iterator[Finding]:
@@ -5922,7 +5918,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         hours = round((state.credentials.expires(provider) - time.time()) / 3600, 1)
         if hours < math.inf:  # the access token says when it expires; a refresh token is too precious for a question
             text = "has to be renewed, which serving does" if credential is None else f"expires in {hours} h"
-            yield finding(phase, "ok" if credential else "warn", f"the access token {text}", {"hours_left": hours})
+            yield finding(phase, "ok" if credential else "warn", f"the access token {text}", hours_left=hours)
         phase = "connect"
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
         sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())
@@ -5945,10 +5941,9 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
             body = parse_json_body(raw).members
         models = [one.model for some in state.catalogue.values() for one in some if one.place == target.place]
         has_key = any(name.lower() in CREDENTIALS for name, _ in sent)
-        verdict, text, facts = judge_answer(provider, answer, body, models, has_key)
+        verdict, text = judge_answer(provider, answer, body, models, has_key)
         by = f", perhaps from the proxy {upstream.proxy.name}" if upstream.proxy and verdict == "FAIL" else ""
-        facts = {"status": answer.status, "ms": ms, **facts}
-        yield finding(phase, verdict, f"{answer.status} in {ms} ms{by}: {text}", facts)
+        yield finding(phase, verdict, f"{answer.status} in {ms} ms{by}: {text}", status=answer.status, ms=ms)
         if answer.status < 300 and verdict != "FAIL":
             yield finding("headers", *judge_headers(provider, sent, body.get("echo")))
         if answer.status == 404 and may_guess:
@@ -5957,25 +5952,24 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         if theirs is not None:
             ahead = round(time.time() - theirs)
             verdict = "warn" if abs(ahead) > CLOCK_SKEW_S else "ok"
-            yield finding("clock", verdict, f"{ahead:+d} s against the upstream's", {"ahead_s": ahead})
+            yield finding("clock", verdict, f"{ahead:+d} s against the upstream's", ahead_s=ahead)
     except ProxyError as error:
         took = f"{time.monotonic() - began:.2g} s"  # all share CHECK_S: it may have been less
         text = error.message.replace("upstream connection error: ", "")
         phase = "TLS" if re.match("certificate of |no TLS ", text) else phase
-        yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took), {})
+        yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took))
 
 
 def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
     if target.base_url == "demo://":
         return
-    proxy, address, ms = find_proxy(target.provider, target.base_url), None, round(seconds * 1000, 1)
-    with contextlib.suppress(OSError):  # it may have closed already
+    proxy, address, ms = find_proxy(target.provider, target.base_url), "closed since", round(seconds * 1000, 1)
+    with contextlib.suppress(OSError):
         address = join_authority(*sock.getpeername()[:2])
-    text = f"{address or 'closed since'}, {'through the proxy ' + proxy.name if proxy else 'direct'}, {ms} ms"
-    facts = {"address": address, "proxy": proxy.name if proxy else None, "ms": ms}
-    yield finding("connect", "ok", text, facts)
+    way = f"through the proxy {proxy.name}" if proxy else "direct"
+    yield finding("connect", "ok", f"{address}, {way}, {ms} ms", ms=ms)
     if isinstance(sock, ssl.SSLSocket):
-        yield finding("TLS", *judge_certificate(sock))
+        yield judge_certificate(sock)
 
 
 def guess(state: State, target: Target, until: float) -> Iterator[Finding]:
@@ -5985,7 +5979,7 @@ def guess(state: State, target: Target, until: float) -> Iterator[Finding]:
     rows = examine(state, Target(target.provider, url, ""), until, may_guess=False)
     if any(row["phase"] == "HTTP" and (row["verdict"] == "ok" or row.get("status") in (401, 403)) for row in rows):
         text = f"{url} answers; set providers.{target.provider.name}.api_base_url to that"
-        yield finding("HTTP", "FAIL", text, {"base_url": url})
+        yield finding("HTTP", "FAIL", text)
 
 
 def check_upstreams(state: State) -> Finding:
@@ -5994,7 +5988,7 @@ def check_upstreams(state: State) -> Finding:
     providers = [provider for provider in state.config.providers.values() if provider.enabled]
     targets = [Target(one, url, "") for one in providers for url in one.urls()]  # without a model
     # The last row of each until it is done: getaddrinfo alone has no time limit.
-    hangs = finding("connect", "FAIL", f"not done within {CHECK_S:g} s; does the name server answer?", {})
+    hangs = finding("connect", "FAIL", f"not done within {CHECK_S:g} s; does the name server answer?")
     found = [[hangs] for _ in targets]
 
     def run(target: Target, findings: List[Finding]) -> None:

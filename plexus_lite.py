@@ -5850,6 +5850,7 @@ Judgement = Tuple[str, str]  # verdict, text
 
 
 def finding(phase: str, verdict: str, text: str, **figures: float) -> Finding:
+    """Return what was found out in one *phase* of the way."""
     return {"phase": phase, "verdict": verdict, "text": text, **figures}
 
 
@@ -5961,6 +5962,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
 
 
 def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
+    """Say where *sock* leads, after *seconds*, and what was shown there."""
     if target.base_url == "demo://":
         return
     proxy, address, ms = find_proxy(target.provider, target.base_url), "closed since", round(seconds * 1000, 1)
@@ -5968,8 +5970,9 @@ def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[F
         address = join_authority(*sock.getpeername()[:2])
     way = f"through the proxy {proxy.name}" if proxy else "direct"
     yield finding("connect", "ok", f"{address}, {way}, {ms} ms", ms=ms)
-    if isinstance(sock, ssl.SSLSocket):
-        yield judge_certificate(sock)
+    with contextlib.suppress(OSError, ValueError, LookupError):  # OpenSSL can read it, and has accepted it
+        if isinstance(sock, ssl.SSLSocket):
+            yield judge_certificate(sock)
 
 
 def guess(state: State, target: Target, until: float) -> Iterator[Finding]:

@@ -5916,10 +5916,8 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
     provider, session, phase, began = target.provider, Session("plexus-check"), "key", time.monotonic()
     try:
         credential = state.credentials.fields(provider, may_wait=False)
-        hours = round((state.credentials.expires(provider) - time.time()) / 3600, 1)
-        if hours < math.inf:  # the access token says when it expires; a refresh token is too precious for a question
-            text = "has to be renewed, which serving does" if credential is None else f"expires in {hours} h"
-            yield finding(phase, "ok" if credential else "warn", f"the access token {text}", hours_left=hours)
+        if credential is None:  # a refresh token is too precious for a question
+            yield finding(phase, "warn", "the access token has to be renewed, which serving does")
         phase = "connect"
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
         sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())

@@ -297,7 +297,7 @@ class Answers(Checks):
             state = plexus_lite.make_state(plexus_lite.parse_config(config), plexus_lite.DemoBackend(), b"", "")
             return plexus_lite.check_upstreams(state)
 
-        self.assertRow(look(sign_in(7200)), "up", "key", "ok", "expires in 2.0 h", hours_left=2.0)
+        self.assertRow(look(sign_in(7200)), "up", "HTTP", "ok", "models listed: 2")
         self.upstream.default = lambda got: answer(200 if got.header("Authorization") else 401)
         found = look(sign_in(60, oauth_refresh=True))
         self.assertRow(found, "up", "key", "warn", "has to be renewed, which serving does")

@@ -73,6 +73,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -178,6 +179,11 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
+GC_THRESHOLDS: Final = (
+    20_000,
+    10,
+    10,
+)  # a request's JSON has hundreds of objects and no cycle; 700 looks at each twice
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
@@ -1597,7 +1603,8 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
     for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        text = text.replace(secret, b"*" * len(secret))
+        if secret in text:
+            text = text.replace(secret, b"*" * len(secret))
     return text
 
 
@@ -2801,6 +2808,7 @@ class Loop:
         self._lock = threading.Lock()  # protects _calls and _woken
         self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
         self._woken = False
+        self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
         self._stopped = False
         self._thread = 0
@@ -2836,6 +2844,10 @@ class Loop:
         else:
             self.call(function, *arguments)
 
+    def take_turn(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in a round of its own, behind what is ready: it takes longer than to pass a few bytes on."""
+        self._turns.append((function, arguments))
+
     def is_this_thread(self) -> bool:
         return self._thread == threading.get_ident()
 
@@ -2869,19 +2881,26 @@ class Loop:
         next_tick = 0.0
         self._thread = threading.get_ident()
         while not self._stopped:
-            ready = self._selector.select(0 if self._calls else self.patience_s)
+            is_patient = not self._calls and not self._turns
+            ready = self._selector.select(self.patience_s if is_patient else 0)
             self.now = time.monotonic()
-            if not ready:
+            if is_patient and not ready:
                 self.on_quiet()
             for key, events in ready:
                 callback = key.data[1]
                 if callback is not None:  # the ones before it may have ended it
-                    self.guard(callback, events)
+                    try:
+                        callback(events)
+                    except Exception as error:
+                        self.on_error(callback, error)
             if self._calls:
                 with self._lock:
                     calls, self._calls, self._woken = self._calls, [], False
                 for function, arguments in calls:
                     self.guard(function, *arguments)
+            if self._turns:
+                function, arguments = self._turns.popleft()
+                self.guard(function, *arguments)
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
                 self.guard(self.on_tick, self.now)
@@ -4233,7 +4252,8 @@ class Answer:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
                     raise MalformedHTTP("this is not HTTP/1.1")
                 return
-            head, self._start = read_answer_head(self._start[:end]), self._start[end:]
+            # An upstream that repeats our credential must not reveal it; nothing else in a head looks like one.
+            head, self._start = read_answer_head(mask(self._start[:end], self._secrets())), self._start[end:]
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
         if head.status == 407 and self._proxy:  # it asks us, not the client
@@ -4403,10 +4423,7 @@ class Answer:
             exchange.usage = UsageReader(is_stream)
         asked, used = exchange.model, self.target.model
         fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
-        text = "\n".join([head.reason, *[value for _, value in fields]])  # at once: hardly any answer has a secret
-        masked = mask(text.encode("latin-1"), self._secrets()).decode("latin-1").split("\n")
-        fields = [(name, value) for (name, _), value in zip(fields, masked[1:])]
-        connection.begin_answer(head.status, masked[0], fields, length)
+        connection.begin_answer(head.status, head.reason, fields, length)
 
     def resume(self) -> None:
         """The client has read what was kept for it: go on reading from the upstream."""
@@ -4614,7 +4631,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
-            getattr(self, "do_" + self.exchange.route.action)()
+            if not self.exchange.is_gone:
+                getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
             self.hand(self.connection.respond_error, error)
         except ClientGone:  # the loop saw it first, and has written the record
@@ -5019,7 +5037,7 @@ class Server(http.server.ThreadingHTTPServer):
         turn: Any = (exchange, connection)
         is_encoded = exchange.head.headers.get("content-encoding")
         if len(exchange.body) <= SMALL_TURN_BYTES and not is_encoded:
-            self.process_request_thread(turn, connection.peer)
+            self.loop.take_turn(self.process_request_thread, turn, connection.peer)
         else:
             self.give_to_thread(turn)
 
@@ -6475,6 +6493,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
     raise_descriptor_limit(state.config)
     threading.stack_size(STACK_BYTES)
+    # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
     # killed by one that it does not hold, and all of the process with it.
     hold_signals(True)

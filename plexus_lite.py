@@ -3436,8 +3436,8 @@ def explain_refusal(
         shown = peer_certificate(url, proxy, attempt)
         names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
         end = ssl.cert_time_to_seconds(shown["notAfter"])
-        facts.update(signer=describe(common_name(shown["issuer"])), names=names or "no name at all")
-        facts.update(end=time.strftime("%Y-%m-%d", time.gmtime(end)))
+        date, signer = time.strftime("%Y-%m-%d", time.gmtime(end)), describe(common_name(shown["issuer"]))
+        facts.update(end=date, signer=signer, names=names or "no name at all")
         case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
     meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
     return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
@@ -6041,7 +6041,8 @@ STATUSES: Final = (
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
     ("", "ok", "reached; it lists no models"),
 )
-# Variables of the environment, and what they are to us; the first row is for those without "proxy": "env".
+# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
+# three for those with TLS.
 VARIABLES: Final = (
     ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
     ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
@@ -6105,8 +6106,9 @@ def judge_certificate(sock: ssl.SSLSocket) -> Finding:
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
+    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
-    for pattern, text in VARIABLES[has_env:]:
+    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
@@ -6208,8 +6210,8 @@ def check_upstreams(state: State) -> Finding:
     upstreams = []
     for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
         verdict = max((row["verdict"] for row in findings), key=list(VERDICTS).index)
-        facts = {"provider": target.provider.name, "base_url": target.base_url, "verdict": verdict}
-        upstreams.append({**facts, "findings": findings})
+        row = {"provider": target.provider.name, "base_url": target.base_url, "verdict": verdict, "findings": findings}
+        upstreams.append(row)
     return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
 
 

@@ -150,6 +150,7 @@ class Judgements(unittest.TestCase):
         self.assertEqual(self.notes(names, direct, env), [])
         self.assertIn("ALL_PROXY: not used", self.notes("ALL_PROXY", env)[0])
         roots = "SSL_CERT_FILE REQUESTS_CA_BUNDLE SSLKEYLOGFILE"
+        self.assertEqual(self.notes(roots, direct), [])  # no TLS
         self.assertEqual([note.split(":")[0] for note in self.notes(roots, env)], roots.split())
         self.assertEqual(plexus_lite.notes_on({"HTTPS_PROXY": ""}, [direct]), [])
 

@@ -2800,24 +2800,29 @@ TLS_FAILURES: Final = (
 )
 
 
+def do_nothing(*_: object) -> None:
+    """The default of a callback."""
+
+
 class Loop:
     """A selector, calls from other threads, and a tick.  run() returns after stop()."""
+
+    patience_s = TICK_S  # when nothing has happened for so long, it is quiet
+    _woken = _stopped = False
+    _thread = 0
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()  # protects _calls and _woken
         self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
-        self._woken = False
         self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
-        self._stopped = False
-        self._thread = 0
         self.now = time.monotonic()
-        self.patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-        self.on_quiet: Callable[[], None] = lambda: None
-        self.on_tick: Callable[[float], None] = lambda now: None
-        self.on_wake: Callable[[], None] = lambda: None
-        self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
+        # What its owner wants to be told: a round without work, time passed, a signal, a defect and where it was.
+        self.on_quiet: Callable[[], None] = do_nothing
+        self.on_tick: Callable[[float], None] = do_nothing
+        self.on_wake: Callable[[], None] = do_nothing
+        self.on_error: Callable[[Callable[..., None], Exception], None] = do_nothing
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -2938,17 +2943,15 @@ def receive(sock: socket.socket) -> Optional[bytes]:
 class UpstreamConnection:
     """A connection to an upstream with at most one request under way.  Owned by whoever holds it."""
 
-    __slots__ = ("connecting", "idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
+    connecting = False  # SO_ERROR says how it ended, once the socket can be written to
+    reused = False
+    whole = True  # no part of the request was given up
+    idle_since = 0.0
 
     def __init__(self, sock: socket.socket, origin: Origin, proxy: Optional[ForwardProxy] = None) -> None:
-        self.sock = sock
-        self.origin = origin
-        self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
-        self.connecting = False  # SO_ERROR says how it ended, once the socket can be written to
-        self.reused = False
+        """*proxy* is the one that reads our requests; behind a tunnel there is none."""
+        self.sock, self.origin, self.proxy = sock, origin, proxy
         self.unsent: List[memoryview] = []  # of the request, the last part first
-        self.whole = True  # no part of the request was given up
-        self.idle_since = 0.0
 
     def send_some(self) -> None:
         """Send what the upstream takes now; what is left stays in unsent.
@@ -3028,16 +3031,15 @@ class Transport(urllib.request.BaseHandler):
         self._lock = threading.Lock()  # protects _idle and _is_closed
         self._idle: Dict[Origin, List[UpstreamConnection]] = collections.defaultdict(list)  # the last used last
         self._is_closed = False
-        self._addresses: Dict[Origin, Tuple[int, Any, float]] = {}  # family, address, good until; plain http only
+        # Plain http only: family, address, proxy, good until.
+        self._addresses: Dict[Origin, Tuple[int, Any, Optional[ForwardProxy], float]] = {}
         self._sessions: Dict[Origin, Optional[ssl.SSLSession]] = {}
         self._contexts: Dict[str, ssl.SSLContext] = {}
-        self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
         for name, provider in config.providers.items():
-            urls = [*provider.urls()]
-            urls += [provider.oauth_token_url] if provider.oauth_refresh else []
-            if any(url.startswith("https:") for url in urls):
-                self._contexts[name] = make_tls_context(provider)
-            self._proxies.update({(name, *urllib.parse.urlsplit(url)[:2]): find_proxy(provider, url) for url in urls})
+            for url in (*provider.urls(), *[provider.oauth_token_url] * provider.oauth_refresh):
+                find_proxy(provider, url)  # a wrong one in the environment is told now
+                if url.startswith("https:") and name not in self._contexts:
+                    self._contexts[name] = make_tls_context(provider)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
@@ -3140,14 +3142,14 @@ class Transport(urllib.request.BaseHandler):
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
-        family, address, until = self._addresses.get(origin, (0, None, -math.inf))
+        family, address, proxy, until = self._addresses.get(origin, (0, None, None, -math.inf))
         if until < time.monotonic():
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
             error = sock.connect_ex(address)
             if error in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                connection = UpstreamConnection(sock, origin, self._proxies[origin[2], origin[0], origin[1]])
+                connection = UpstreamConnection(sock, origin, proxy)
                 connection.connecting = error != 0
                 return connection
             sock.close()
@@ -3163,13 +3165,13 @@ class Transport(urllib.request.BaseHandler):
             sock.setblocking(False)
             return UpstreamConnection(sock, origin)
         provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = self._proxies[provider.name, url.scheme, url.netloc]
+        proxy = find_proxy(provider, request.target.base_url)
         seconds = provider.timeout_s("connect_timeout_s", self._limits)
         attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
         sock = reach(url, proxy, attempt)
         if request.type == "http":
             with contextlib.suppress(OSError):  # it has closed already
-                self._addresses[origin] = (sock.family, sock.getpeername(), time.monotonic() + ADDRESS_S)
+                self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
             return UpstreamConnection(sock, origin, proxy)
         try:
             session = self._sessions.get(origin)
@@ -3624,12 +3626,8 @@ class State(NamedTuple):
 
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
-NO_ROUTE: Final = Route("", "", "")
-NOBODY: Final = Identity()
 NO_PLAN: Final = Plan((), "", "")  # not placed yet
 NO_BODY: Final = BodyReader()  # never fed
-NO_SESSION: Final = Session()
-UNPLACED: Final = UpstreamError("no target is enabled")
 
 
 class Exchange:
@@ -3640,55 +3638,49 @@ class Exchange:
     in a thread looks at, and writes the record as it is.
     """
 
-    __slots__ = (
-        ("head", "state", "record", "started", "reader", "parts", "size", "held", "body", "refusal", "is_gone")
-        + ("bytes_out", "route", "identity", "headers", "session", "cache_key", "model", "json", "prefix", "targets")
-        + ("plan", "place", "turn_owner", "passes_on", "tried", "target", "asks_again", "was_stale", "credential")
-        + ("refused", "waited_s", "last_answer", "left", "last_error", "usage")
-    )
+    reader: BodyReader = NO_BODY
+    size = 0  # of what has come of the body
+    held = 0  # bytes of it that limits.max_buffered_bytes counts
+    body = b""  # once all of it is here
+    refusal: Optional[ProxyError] = None  # to be answered once the body has been read
+    is_gone = False  # the client has left
+    bytes_out = 0
+    # What admit() finds.
+    route = Route("", "", "")
+    identity = Identity()
+    # What placing finds: which targets are asked, in which order, and what of the request that was made of.
+    session = Session()
+    cache_key: Optional[str] = None
+    model: Optional[str] = None
+    json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
+    prefix = b""  # these digests
+    targets: Tuple[Target, ...] = ()  # all that could serve it
+    plan = NO_PLAN
+    place: Optional[Place] = None  # what it was placed by, if there was a choice
+    turn_owner: Optional[str] = None  # the place that minted the turn state
+    passes_on = RETRY_STATUSES  # statuses with which the next target is asked
+    # What each turn changes.
+    tried = 0  # how many targets of the plan
+    target: Optional[Target] = None  # the one being asked
+    asks_again = False  # the same target, in the next turn
+    was_stale = False  # its pooled connection
+    credential: Sequence[Field] = ()  # what was sent
+    refused: Sequence[Field] = ()  # what it answered with a 401 before
+    waited_s = 0.0  # for 429s
+    last_answer: Optional["Answer"] = None  # an error, read to its end and not sent: another is asked first
+    last_error: ProxyError = UpstreamError("no target is enabled")
+    left: Tuple[str, ...] = ()  # the providers that a further target stood in for
+    usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
         self.head = head
+        self.headers = head.headers  # then the end-to-end ones
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
         self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
-        self.reader: BodyReader = NO_BODY
         self.parts: List[bytes] = []  # of the body, until all of it is here
-        self.size = 0  # of what has come of it
-        self.held = 0  # bytes of it that limits.max_buffered_bytes counts
-        self.body = b""
-        self.refusal: Optional[ProxyError] = None  # to be answered once the body has been read
-        self.is_gone = False  # the client has left
-        self.bytes_out = 0
-        # What admit() finds.
-        self.route = NO_ROUTE
-        self.identity = NOBODY
-        # What placing finds: which targets are asked, in which order, and what of the request that was made of.
-        self.headers = head.headers  # then the end-to-end ones
-        self.session = NO_SESSION
-        self.cache_key: Optional[str] = None
-        self.model: Optional[str] = None
-        self.json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
-        self.prefix = b""  # these digests
-        self.targets: Tuple[Target, ...] = ()  # all that could serve it
-        self.plan = NO_PLAN
-        self.place: Optional[Place] = None  # what it was placed by, if there was a choice
-        self.turn_owner: Optional[str] = None  # the place that minted the turn state
-        self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
-        # What each turn changes.
-        self.tried = 0  # how many targets of the plan
-        self.target: Optional[Target] = None  # the one being asked
-        self.asks_again = False  # the same target, in the next turn
-        self.was_stale = False  # its pooled connection
-        self.credential: Sequence[Field] = ()  # what was sent
-        self.refused: Sequence[Field] = ()  # what it answered with a 401 before
-        self.waited_s = 0.0  # for 429s
-        self.last_answer: Optional[Answer] = None  # an error, read to its end and not sent: another is asked first
-        self.left: List[str] = []  # the providers that a further target stood in for
-        self.last_error: ProxyError = UNPLACED
-        self.usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def digest(self) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
@@ -3750,39 +3742,23 @@ class ClientConnection:
     close() because the client has left.
     """
 
-    __slots__ = (
-        "loop",
-        "app",
-        "sock",
-        "peer",
-        "exchange",
-        "answer",
-        "closing",
-        "is_closed",
-        "unsent",
-        "phase",
-        "deadline",
-    ) + ("idle_since", "_pending", "_head_bytes", "_framing", "_aborted", "_handshaking", "_took_at")
+    exchange: Optional[Exchange] = None
+    answer: Union["Answer", "Feed", None] = None
+    closing = False  # no further request on this connection
+    is_closed = False
+    phase = Phase.IDLE
+    _pending = b""  # bytes of the request being read, or of the ones after it
+    _head_bytes = b""  # of the answer, until its first bytes leave with it
+    _framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
+    _aborted = False  # close without a clean end once the rest is out
+    _took_at = 0.0  # when the client last took something of unsent
 
     def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
-        self.loop = app.loop
-        self.app = app
-        self.sock = sock
-        self.peer = peer
-        self.exchange: Optional[Exchange] = None
-        self.answer: Union[Answer, Feed, None] = None
-        self.closing = False  # no further request on this connection
-        self.is_closed = False
+        self.app, self.loop, self.sock, self.peer = app, app.loop, sock, peer
         self.unsent = bytearray()  # what the client has not taken yet
-        self.phase = Phase.IDLE
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
-        self._pending = b""  # bytes of the request being read, or of the ones after it
-        self._head_bytes = b""  # of the answer, until its first bytes leave with it
-        self._framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
-        self._aborted = False  # close without a clean end once the rest is out
         self._handshaking = isinstance(sock, ssl.SSLSocket)
-        self._took_at = 0.0  # when the client last took something of unsent
         self._watch()
 
     @property
@@ -4155,42 +4131,29 @@ class Answer:
     target may do better.  All else is relayed as it comes.
     """
 
-    __slots__ = (
-        "connection",
-        "exchange",
-        "target",
-        "upstream",
-        "loop",
-        "head",
-        "_fleet",
-        "_limits",
-        "_deadline",
-        "_proxy",
-    ) + ("_start", "_body", "_held", "_tail", "_quiet_since", "_commented_at", "_ids")
+    head = NO_ANSWER
+    _start = b""  # of the answer, until its head is complete
+    _body: BodyReader = NO_BODY
+    _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
+    _tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
+    _ids: Optional[ResponseIds] = None
 
     def __init__(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
     ) -> None:
-        self.connection = connection
-        self.exchange = exchange
-        self.target = target
+        self.connection, self.exchange, self.target, self.loop = connection, exchange, target, connection.loop
         self.upstream: Optional[UpstreamConnection] = upstream
-        self.loop = connection.loop
-        self.head = NO_ANSWER
+        self._proxy = upstream.proxy
         self._fleet = connection.app.fleet
         self._limits = exchange.state.config.limits
-        timeout = "connect_timeout_s" if upstream.connecting else "first_byte_timeout_s"
-        self._deadline = self.loop.now + target.provider.timeout_s(timeout, self._limits)
-        self._proxy = upstream.proxy
-        self._start = b""  # of the answer, until its head is complete
-        self._body: BodyReader = NO_BODY
-        self._held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
-        self._tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
+        self._wait_for("connect_timeout_s" if upstream.connecting else "first_byte_timeout_s")
         self._quiet_since = self._commented_at = self.loop.now
-        self._ids: Optional[ResponseIds] = None
-        connection.answer = self
-        connection.phase = Phase.ANSWERING
+        connection.answer, connection.phase = self, Phase.ANSWERING
         self._watch()
+
+    def _wait_for(self, timeout: str) -> None:
+        self._timeout = timeout
+        self._deadline = self.loop.now + self.target.provider.timeout_s(timeout, self._limits)
 
     # -- the upstream's side ---------------------------------------------
 
@@ -4237,7 +4200,7 @@ class Answer:
             self.exchange.asks_again = True
             self._next_turn()
             return False
-        self._deadline = self.loop.now + self.target.provider.timeout_s("first_byte_timeout_s", self._limits)
+        self._wait_for("first_byte_timeout_s")
         return True
 
     def _read_head(self, data: bytes) -> None:
@@ -4438,10 +4401,8 @@ class Answer:
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
-            phase, name = "sent no answer", "first_byte_timeout_s"
-            if self.upstream and self.upstream.connecting:
-                phase, name = "did not accept a connection", "connect_timeout_s"
-            what = f"{phase} within {name} ({provider.timeout_s(name, limits):g})"
+            what = "no answer" if self._timeout == "first_byte_timeout_s" else "no connection"
+            what = f"gave {what} within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))
         elif self._deadline < math.inf or connection.unsent:
             return
@@ -4456,13 +4417,12 @@ class Answer:
 class Feed:
     """The status page's event stream: what render() returns, at once and then each second if it has changed."""
 
+    _last: Mapping[str, Any] = {}
+    _next = _said_at = 0.0
+
     def __init__(self, connection: ClientConnection, exchange: Exchange, render: Callable[[], Dict[str, Any]]) -> None:
-        self._connection = connection
-        self._render = render
-        self._last: Dict[str, Any] = {}
-        self._next = self._said_at = 0.0
-        connection.answer = self
-        connection.phase = Phase.ANSWERING
+        self._connection, self._render = connection, render
+        connection.answer, connection.phase = self, Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
         connection.begin_answer(200, "OK", fields)
@@ -4724,7 +4684,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if exchange.tried == len(targets):
                 return None
             if exchange.tried and target:
-                exchange.left.append(target.provider.name)
+                exchange.left += (target.provider.name,)
             target = targets[exchange.tried]
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()

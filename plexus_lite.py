@@ -1646,25 +1646,23 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
     if len(targets) == 1:
         return Plan(tuple(targets), "only", targets[0].id)
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
-    home = order[0]
-    owner = next((target for target in order if target.place == snapshot.owner), None)
-    pinned = next((target for target in order if target.id == snapshot.pin), None)
-    preferred = owner or pinned
+    home, cooling, load = order[0].id, snapshot.cooling, snapshot.open_requests
+    first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
     if bound:
-        account = (preferred or home).provider.account_name()
+        account = first.provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
-    # Stable: otherwise the order stays.
-    order.sort(key=lambda target: (target.id in snapshot.cooling, target is not preferred))
-    reason = "rendezvous" if preferred is not order[0] else "owner" if owner else "pin"
+    # Stable, as min is: otherwise the order stays.
+    order.sort(key=lambda target: (target.id in cooling, target is not first))
+    first = order[0]
+    reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
     if reason == "rendezvous":
-        peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
-        roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
-        first = next(roomy, peers[0])
+        peers = [target for target in order if target.group == first.group and target.id not in cooling]
+        roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
+        first = next(roomy, first)
         if first is not order[0]:
             reason = "overflow"
-            order.remove(first)
-            order.insert(0, first)
-    return Plan(tuple(order), reason, home.id)
+            order.sort(key=lambda target: target is not first)
+    return Plan(tuple(order), reason, home)
 
 
 def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Target]) -> bool:
@@ -1673,28 +1671,25 @@ def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Targe
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
     when the load has gone; not across accounts, since the next turn carries what only this account can read.
     """
-    home = next((target for target in targets if target.id == plan.home), served)
-    if served.id == home.id:
+    if served.id == plan.home:
         return False
-    moved_by_load = plan.reason == "overflow" and attempts == 1
-    return not moved_by_load or served.provider.account_name() != home.provider.account_name()
+    accounts = {target.provider.account_name() for target in targets if target.id in (served.id, plan.home)}
+    return plan.reason != "overflow" or attempts > 1 or len(accounts) > 1
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
     """Return how long a target rests after its *failures*-th failure in a row; what it asked for itself wins."""
-    if retry_after is not None:
-        return retry_after
-    return float(min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S))
+    doubled_s = min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S)
+    return doubled_s if retry_after is None else retry_after
 
 
 def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     """Return the seconds that retry-after-ms or Retry-After (seconds or an HTTP date) ask for; *now* is Unix time."""
-    milliseconds = headers.get("retry-after-ms") or ""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", milliseconds):
-        return float(milliseconds) / 1000
-    value = headers.get("retry-after") or ""
-    if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
+    value = ""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = headers.get(name) or ""
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value) / per_second
     date = unix_time(value)
     return None if date is None else max(0.0, date - now)
 
@@ -1732,10 +1727,8 @@ def is_bound(body: JsonBody) -> bool:
     encrypted_content may lie at any depth of the input.  An unescaped quote cannot stand inside a JSON string, so in
     text that has been parsed this search finds members only, and needs no second parse.
     """
-    if body.members.get("previous_response_id"):
-        return True
     start, end = body.spans.get("input", (0, 0))
-    return ENCRYPTED.search(body.text, start, end) is not None
+    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.text, start, end))
 
 
 class Remembered:
@@ -1749,26 +1742,22 @@ class Remembered:
     def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[str]:
         """Return what *key* stands for, and count that as use; None if unknown, or idle for more than *idle_s*."""
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is None or now - entry[1] > idle_s:
+            value, used_at = self._entries.pop(key, (None, now))
+            if value is None or now - used_at > idle_s:
                 return None
-            self._entries[key] = (entry[0], now)
-            return entry[0]
+            self._entries[key] = value, now
+            return value
 
     def put(self, key: str, value: str, now: float) -> None:
         with self._lock:
-            self._entries.pop(key, None)
-            self._entries[key] = (value, now)
-            while len(self._entries) > self._maximum:
+            self._entries[key] = value, now
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._maximum:
                 self._entries.popitem(last=False)
 
     def forget(self, key: str) -> None:
         with self._lock:
             self._entries.pop(key, None)
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._entries)
 
 
 class Fleet:
@@ -1779,17 +1768,16 @@ class Fleet:
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._lock = threading.Lock()  # protects the three below
-        self._open: Dict[str, int] = {}  # target id -> requests
+        self._open: collections.Counter[str] = collections.Counter()  # target id -> requests
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
-        self._cooldowns = dict(cooldowns)  # provider -> how often one of its targets began to cool
+        self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
     def snapshot(
         self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
-        ids = [target.id for target in targets]
         with self._lock:
-            open_requests = {name: self._open.get(name, 0) for name in ids}
-            cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
+            open_requests = {one.id: self._open[one.id] for one in targets}
+            cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
     def plan(
@@ -1817,13 +1805,13 @@ class Fleet:
 
     def opened(self, target: Target) -> None:
         with self._lock:
-            self._open[target.id] = self._open.get(target.id, 0) + 1
+            self._open[target.id] += 1
 
     def closed(self, target: Target) -> None:
         with self._lock:
-            left = self._open.pop(target.id, 0) - 1
-            if left > 0:
-                self._open[target.id] = left
+            self._open[target.id] -= 1
+            if not self._open[target.id]:  # behind "*", clients name the models
+                del self._open[target.id]
 
     def failed(self, target: Target, now: float, retry_after: Optional[float] = None) -> None:
         """*target* failed at *now* (monotonic): let it cool down.  What fails while it cools is the same failure."""
@@ -1831,9 +1819,9 @@ class Fleet:
             failures, until = self._failures.pop(target.id, (0, now))
             if until <= now:
                 failures += 1
-                self._cooldowns[target.provider.name] = self._cooldowns.get(target.provider.name, 0) + 1
-            self._failures[target.id] = (failures, max(until, now + cooldown_s(failures, retry_after)))
-            if len(self._failures) > MAX_REMEMBERED:  # behind "*", clients name the models
+                self._cooldowns[target.provider.name] += 1
+            self._failures[target.id] = failures, max(until, now + cooldown_s(failures, retry_after))
+            if len(self._failures) > MAX_REMEMBERED:
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:

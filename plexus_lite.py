@@ -1768,7 +1768,7 @@ class Fleet:
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._lock = threading.Lock()  # protects the three below
-        self._open: collections.Counter[str] = collections.Counter()  # target id -> requests
+        self._open: Dict[str, int] = {}  # target id -> requests; without zeros: behind "*", clients name the models
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
         self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
@@ -1776,7 +1776,7 @@ class Fleet:
         self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
         with self._lock:
-            open_requests = {one.id: self._open[one.id] for one in targets}
+            open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
             cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
@@ -1805,13 +1805,13 @@ class Fleet:
 
     def opened(self, target: Target) -> None:
         with self._lock:
-            self._open[target.id] += 1
+            self._open[target.id] = self._open.get(target.id, 0) + 1
 
     def closed(self, target: Target) -> None:
         with self._lock:
-            self._open[target.id] -= 1
-            if not self._open[target.id]:  # behind "*", clients name the models
-                del self._open[target.id]
+            left = self._open.pop(target.id, 0) - 1
+            if left > 0:
+                self._open[target.id] = left
 
     def failed(self, target: Target, now: float, retry_after: Optional[float] = None) -> None:
         """*target* failed at *now* (monotonic): let it cool down.  What fails while it cools is the same failure."""
@@ -1821,7 +1821,7 @@ class Fleet:
                 failures += 1
                 self._cooldowns[target.provider.name] += 1
             self._failures[target.id] = failures, max(until, now + cooldown_s(failures, retry_after))
-            if len(self._failures) > MAX_REMEMBERED:
+            if len(self._failures) > MAX_REMEMBERED:  # of invented names
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
@@ -2410,8 +2410,8 @@ def cost_of(price: Price, tokens: Mapping[str, float]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 8  Credentials -- Credentials, SignIn, WatchedFile, read_tokens: keys in files, Codex sign-ins.  Asks the issuer of
-#    tokens through a function of room 9.
+# 8  Credentials -- Credentials, SignIn, Tokens, WatchedFile: keys in files, Codex sign-ins.  Asks the issuer of tokens
+#    through a function of room 9.
 # ---------------------------------------------------------------------------
 
 FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
@@ -2667,7 +2667,7 @@ class Credentials:
                 if provider.auth == "oauth":
                     default = os.path.join(os.environ.get("CODEX_HOME") or "~/.codex", "auth.json")
                     path = self._path(provider.auth_file or default)
-                    self._sources[name] = SignIn(self.providers[name], path, ask_issuer, self._warnings.append)
+                    self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
 
     def _path(self, path: str) -> str:
         return os.path.join(self._folder, os.path.expanduser(path))

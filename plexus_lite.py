@@ -1593,6 +1593,9 @@ def render_json(value: Any) -> bytes:
 # ---------------------------------------------------------------------------
 
 
+Targets = Sequence[Target]
+
+
 class Snapshot(NamedTuple):
     """What a decision is made of, besides the targets: their load and health, and what is remembered."""
 
@@ -1628,14 +1631,14 @@ def rendezvous_score(key: str, target: Target) -> float:
     return -target.weight / math.log(unit)
 
 
-def load_limit(target: Target, group: Sequence[Target], open_requests: Mapping[str, int]) -> float:
+def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int]) -> float:
     """Return how many requests *target* may have open: 1.25 times its fair share of the group's, at least 4."""
     total = 1 + sum(open_requests.get(other.id, 0) for other in group)
     share = total * target.weight / sum(other.weight for other in group)
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
+def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
     """Return the order in which *targets* (at least one) are tried for the session *key*.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
@@ -1665,7 +1668,7 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
     return Plan(tuple(order), reason, home)
 
 
-def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Target]) -> bool:
+def is_pinned(plan: Plan, served: Target, attempts: int, targets: Targets) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
@@ -1773,7 +1776,7 @@ class Fleet:
         self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
     def snapshot(
-        self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
+        self, targets: Targets, now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
         with self._lock:
             open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
@@ -1782,21 +1785,18 @@ class Fleet:
 
     def plan(
         self,
-        targets: Sequence[Target],
+        targets: Targets,
         place: Place,
         now: float,
-        pin_idle_s: float,
-        *,
+        idle_s: float,
         owner: Optional[str] = None,
         bound: bool = False,
     ) -> Plan:
         """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
-        pin = self.pins.get(place.session, now, pin_idle_s)
+        pin = self.pins.get(place.session, now, idle_s)
         return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
 
-    def served(
-        self, targets: Sequence[Target], place: Place, plan: Plan, target: Target, attempts: int, now: float
-    ) -> None:
+    def served(self, targets: Targets, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts, targets):
             self.pins.put(place.session, target.id, now)
@@ -2420,6 +2420,7 @@ RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI h
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
 LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
 Warn = Callable[[str], None]
+Fields = Sequence[Field]
 AskIssuer = Callable[[Provider, bytes], Tuple[int, bytes]]  # sends a form; returns status and body of the answer
 
 
@@ -2580,7 +2581,7 @@ class SignIn(WatchedFile):
         self._turn = threading.Lock()  # held by the thread that renews
         self._pause_until = -math.inf
 
-    def fields(self, refused: Sequence[Field], may_wait: bool) -> Optional[Sequence[Field]]:
+    def fields(self, refused: Fields, may_wait: bool) -> Optional[Fields]:
         """As those of Credentials.  UpstreamError if there never was a token."""
         tokens: Optional[Tokens] = self.get()
         if tokens is None:
@@ -2703,9 +2704,7 @@ class Credentials:
         source = self._sources.get(provider.name)
         return source.value.expires if isinstance(source, SignIn) and source.value else math.inf
 
-    def fields(
-        self, provider: Provider, refused: Sequence[Field] = (), may_wait: bool = True
-    ) -> Optional[Sequence[Field]]:
+    def fields(self, provider: Provider, refused: Fields = (), may_wait: bool = True) -> Optional[Fields]:
         """Return what stands for us at *provider*; *refused* came back with a 401.
 
         None if that takes longer than the caller may wait.  UpstreamError if nothing stands for us there.

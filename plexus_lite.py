@@ -1658,7 +1658,7 @@ def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool 
     order.sort(key=lambda target: (target.id in cooling, target is not first))
     first = order[0]
     reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
-    if reason == "rendezvous":
+    if reason == "rendezvous" and load.get(first.id, 0) >= LOAD_MINIMUM:  # below it there is always room
         peers = [target for target in order if target.group == first.group and target.id not in cooling]
         roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
         first = next(roomy, first)
@@ -1780,7 +1780,8 @@ class Fleet:
     ) -> Snapshot:
         with self._lock:
             open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
-            cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
+            failing = [one.id for one in targets if one.id in self._failures]
+            cooling = frozenset(name for name in failing if self._failures[name][1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
     def plan(
@@ -1825,8 +1826,9 @@ class Fleet:
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
-        with self._lock:
-            self._failures.pop(target.id, None)
+        if self._failures:  # hardly ever: most requests need no lock here
+            with self._lock:
+                self._failures.pop(target.id, None)
 
     def resting(self, now: float) -> Dict[str, float]:
         """Return how many seconds each target that cools down still rests, by its id."""

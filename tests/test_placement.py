@@ -393,6 +393,7 @@ class Cooldown(unittest.TestCase):
         rows: Sequence[Tuple[str, Mapping[str, str], Optional[float]]] = (
             ("nothing", {}, None),
             ("seconds", {"Retry-After": "7"}, 7),
+            ("seconds with a fraction", {"Retry-After": "1.5"}, 1.5),
             ("zero", {"retry-after": "0"}, 0),
             ("a date", {"Retry-After": formatdate(now + 90, usegmt=True)}, 90),
             ("a date in the past", {"Retry-After": formatdate(now - 90, usegmt=True)}, 0),

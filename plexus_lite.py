@@ -2516,7 +2516,7 @@ class Tokens:
         claims = jwt_claims(access)
         for one in (claims, jwt_claims(identity)):
             account = account or visible(member(one, "https://api.openai.com/auth", "chatgpt_account_id"))
-        expires: Any = member(claims, "exp")
+        expires = member(claims, "exp")
         is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
         self.content = content
         # What a request carries.

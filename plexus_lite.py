@@ -32,8 +32,8 @@ Table of contents (each room uses only rooms above it; everything above the wate
      7  Observation     usage, why a request missed the cache, log record, metrics
      --- waterline ---
      8  Credentials     keys in files, Codex sign-ins
-     9  Transport       urllib opener over pooled connections, TLS, forward proxies
-    10  Relay           the loop: client connections, answers, backpressure, timeouts
+     9  Transport       the loop; urllib opener over pooled connections, TLS, forward proxies
+    10  Relay           client connections, answers, backpressure, timeouts
     11  Handler         read, route, place, forward
     12  Server          listen, accept, reload, drain, stop, workers
     13  Demo            the built-in upstream behind demo://
@@ -73,6 +73,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -178,6 +179,11 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
+GC_THRESHOLDS: Final = (
+    20_000,
+    10,
+    10,
+)  # a request's JSON has hundreds of objects and no cycle; 700 looks at each twice
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
@@ -861,6 +867,7 @@ Field = Tuple[str, str]
 REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES: Final = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
+FIELD_LINE: Final = re.compile(r"([^:]+):([^\r]*)\r\n")  # of lines that the row above has let pass
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
 AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
 
@@ -874,7 +881,11 @@ class Headers:
         self.fields: Tuple[Field, ...] = tuple(fields)
         self._index: Dict[str, List[str]] = {}
         for name, value in self.fields:
-            self._index.setdefault(name.lower(), []).append(value)
+            name = name.lower()
+            if name in self._index:
+                self._index[name].append(value)
+            else:
+                self._index[name] = [value]
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
@@ -895,7 +906,9 @@ class Headers:
     def end_to_end(self) -> "Headers":
         """Return the fields that travel on, order and duplicates kept."""
         dropped = self.hop_by_hop()
-        return Headers(field for field in self.fields if field[0].lower() not in dropped)
+        if dropped.isdisjoint(self._index):
+            return self
+        return Headers([field for field in self.fields if field[0].lower() not in dropped])
 
 
 class RequestHead(NamedTuple):
@@ -961,8 +974,7 @@ def read_fields(section: bytes) -> Headers:
     if not FIELD_LINES.fullmatch(text):
         message = 'a header line is not: name ":" value (no folding, no control characters)'
         raise MalformedHTTP(message, "invalid_header")
-    lines = (line.partition(":") for line in text.split("\r\n")[:-1])
-    return Headers([(name, value.strip(" \t")) for name, _, value in lines])
+    return Headers([(name, value.strip(" \t")) for name, value in FIELD_LINE.findall(text)])
 
 
 def read_request_head(head: bytes) -> RequestHead:
@@ -977,7 +989,8 @@ def read_request_head(head: bytes) -> RequestHead:
     if authority is not None and not AUTHORITY.fullmatch(authority):
         raise MalformedHTTP("the Host field is not a host name with an optional port")
     path = target
-    if re.match(r"(?i)https?://", target):  # absolute-form, and Host gives way to it (RFC 9112 3.2.2)
+    if target[:4].lower() == "http" and re.match(r"(?i)https?://", target):
+        # absolute-form, and Host gives way to it (RFC 9112 3.2.2)
         authority, slash, rest = target.split("://", 1)[1].partition("/")
         path = slash + rest
         if not AUTHORITY.fullmatch(authority):
@@ -1041,8 +1054,11 @@ class BodyReader:
     the end of the stream is the end of the body.  Malformed framing raises MalformedHTTP.
     """
 
-    done = False
-    rest = b""
+    __slots__ = ("done", "rest")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
         raise NotImplementedError
@@ -1052,7 +1068,10 @@ class BodyReader:
 
 
 class LengthBody(BodyReader):
+    __slots__ = ("left", "length")
+
     def __init__(self, length: int) -> None:
+        super().__init__()
         self.length = self.left = length
         self.done = length == 0
 
@@ -1066,6 +1085,8 @@ class LengthBody(BodyReader):
 
 
 class CloseBody(BodyReader):
+    __slots__ = ()
+
     def feed(self, data: bytes) -> bytes:
         return data
 
@@ -1076,12 +1097,14 @@ class CloseBody(BodyReader):
 class ChunkedBody(BodyReader):
     """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
 
+    __slots__ = ("_expected", "_held", "_left", "_trailer_bytes")
+
     def __init__(self) -> None:
+        super().__init__()
         self._held = b""  # an incomplete line
         self._left = 0  # of the current chunk
         self._expected = "size"  # what the next line is: a chunk's "size", the "end" of its data, a "trailer"
         self._trailer_bytes = 0
-        self._sizes: Dict[bytes, int] = {}  # lines seen: an event stream repeats a few sizes thousands of times
 
     def feed(self, data: bytes) -> bytes:
         if self._held:
@@ -1102,11 +1125,11 @@ class ChunkedBody(BodyReader):
             line = data[position:newline]
             position = newline + 2
             if self._expected == "size":
-                size = self._sizes.get(line)
-                if size is None:
-                    size = self._read_size(line)
+                size = read_chunk_size(line)
                 stop = position + size
-                if size and stop + 2 <= end and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                if size and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                    if stop + 2 == end and not payload:  # and nothing else
+                        return data[position:stop]
                     payload.append(data[position:stop])
                     position = stop + 2
                 else:
@@ -1126,15 +1149,6 @@ class ChunkedBody(BodyReader):
             raise MalformedHTTP("a chunk size is not hexadecimal")
         self._held = part
 
-    def _read_size(self, line: bytes) -> int:
-        found = CHUNK_LINE.fullmatch(line)
-        if not found:
-            raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
-        if len(self._sizes) > 64:
-            self._sizes.clear()
-        size = self._sizes[line] = int(found.group(1), 16)
-        return size
-
     def _read_line(self, line: bytes) -> None:
         """Read a line that is no chunk's size: the end of its data, or a trailer."""
         if self._expected == "end":
@@ -1148,6 +1162,14 @@ class ChunkedBody(BodyReader):
             read_fields(line + b"\r\n")
         else:
             self.done = True
+
+
+@functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
+def read_chunk_size(line: bytes) -> int:
+    found = CHUNK_LINE.fullmatch(line)
+    if not found:
+        raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
+    return int(found.group(1), 16)
 
 
 def refuse_constant(name: str) -> Any:
@@ -1171,11 +1193,23 @@ JSON_COMMA: Final = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 
 
 class JsonBody(NamedTuple):
-    """A request body: its text, its members, and where the value of each member stands in the text."""
+    """A request body: its bytes, its members, and where the value of each member stands in the bytes.
 
-    text: str
+    The strings in *members* have a character for each byte, as header values do: decoding to Unicode makes every
+    later step slower, and few members are ever looked at.  text() decodes one.
+    """
+
+    raw: bytes
     members: Dict[str, Any]
     spans: Dict[str, Tuple[int, int]]
+
+    def text(self, name: str) -> Optional[str]:
+        """Return the member *name* as the string that it is, None if it is none."""
+        value = self.members.get(name)
+        if not isinstance(value, str) or value.isascii():
+            return value if isinstance(value, str) else None
+        start, end = self.spans[name]
+        return str(json.loads(self.raw[start:end]))
 
 
 def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
@@ -1185,10 +1219,12 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     digits.  The error says line and column.
     """
     try:
-        text = str(raw, "utf-8")
+        if not raw.isascii():
+            raw.decode()
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {raw[error.start]:#04x}"
         raise ProxyError("invalid_json", f"the body is not UTF-8: {where}") from None
+    text = str(raw, "latin-1")
     members: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
     scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
@@ -1217,10 +1253,11 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
             more = comma.group(1) == ","
         if position != len(text):
             raise json.JSONDecodeError("expected nothing after the object", text, position)
-        return JsonBody(text, members, spans)
+        return JsonBody(bytes(raw), members, spans)
     except (json.JSONDecodeError, StopIteration) as found:  # the latter says where no value begins
-        at = json.JSONDecodeError("Expecting value", text, found.value) if isinstance(found, StopIteration) else found
-        problem = f"{at.msg} at line {at.lineno} column {at.colno}"
+        what, at = ("Expecting value", found.value) if isinstance(found, StopIteration) else (found.msg, found.pos)
+        lines = raw[:at].decode("utf-8", "replace").split("\n")
+        problem = f"{what} at line {len(lines)} column {len(lines[-1]) + 1}"
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
@@ -1461,21 +1498,18 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def cache_key(members: Mapping[str, Any]) -> Optional[str]:
+def cache_key(body: Optional[JsonBody]) -> Optional[str]:
     """Return the body's prompt_cache_key, in the form of a header value: UTF-8 bytes read as Latin-1."""
-    value = members.get("prompt_cache_key")
-    if not isinstance(value, str) or not value:
-        return None
-    return value.encode("utf-8", "surrogatepass").decode("latin-1")
+    value = body and body.text("prompt_cache_key")
+    return value.encode("utf-8", "surrogatepass").decode("latin-1") if value else None
 
 
-def session_of(headers: Headers, members: Mapping[str, Any]) -> Session:
-    """Return the session value: the first of SESSION_SOURCES that is not empty, else prompt_cache_key."""
+def session_of(headers: Headers, key: Optional[str]) -> Session:
+    """Return the session value: the first of SESSION_SOURCES that is not empty, else *key*, the prompt_cache_key."""
     for name in SESSION_SOURCES:
         for value in headers.all(name):
             if value:
                 return Session(value, name)
-    key = cache_key(members)
     return Session(key, "prompt_cache_key") if key else Session()
 
 
@@ -1563,13 +1597,14 @@ def header_text(text: str) -> Optional[str]:
 def replace_model(body: JsonBody, model: str) -> bytes:
     """Return the body with the value of its top-level "model" replaced and every other byte as it was."""
     start, end = body.spans["model"]
-    return (body.text[:start] + json.dumps(model) + body.text[end:]).encode("utf-8")
+    return body.raw[:start] + json.dumps(model).encode("ascii") + body.raw[end:]
 
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
     for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        text = text.replace(secret, b"*" * len(secret))
+        if secret in text:
+            text = text.replace(secret, b"*" * len(secret))
     return text
 
 
@@ -1721,7 +1756,7 @@ def place_of(session: Optional[str], members: Mapping[str, Any], model: Optional
     return Place(key, f"{key} {model}")
 
 
-ENCRYPTED: Final = re.compile(r'"encrypted_content"\s*:\s*"')
+ENCRYPTED: Final = re.compile(rb'"encrypted_content"\s*:\s*"')
 
 
 def is_bound(body: JsonBody) -> bool:
@@ -1731,7 +1766,7 @@ def is_bound(body: JsonBody) -> bool:
     text that has been parsed this search finds members only, and needs no second parse.
     """
     start, end = body.spans.get("input", (0, 0))
-    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.text, start, end))
+    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
 class Remembered:
@@ -2719,13 +2754,16 @@ class Credentials:
 
 
 # ---------------------------------------------------------------------------
-# 9  Transport -- Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
+# 9  Transport -- Loop; Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
 #    connect_tcp, open_tunnel, start_tls; load_zstd.  Knows no client and no policy.  The errors of the operating
 #    system and of TLS become those of room 2 here, and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+READ: Final = selectors.EVENT_READ
+WRITE: Final = selectors.EVENT_WRITE
 MAX_IDLE_PER_ORIGIN: Final = 128
+ADDRESS_S: Final = 60.0  # the address that answered is taken again for so long, as curl does; then its name is resolved
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 Origin = Tuple[str, ...]  # scheme, host with port, provider
@@ -2746,6 +2784,124 @@ TLS_FAILURES: Final = (
 )
 
 
+class Loop:
+    """A selector, calls from other threads, and a tick.  run() returns after stop()."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()  # protects _calls and _woken
+        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
+        self._woken = False
+        self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
+        self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
+        self._stopped = False
+        self._thread = 0
+        self.now = time.monotonic()
+        self.patience_s = TICK_S  # when nothing has happened for so long, it is quiet
+        self.on_quiet: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[float], None] = lambda now: None
+        self.on_wake: Callable[[], None] = lambda: None
+        self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self.watch(self._wake_read, READ, self._drain_wakeups)
+
+    @property
+    def wakeup_fd(self) -> int:
+        """For signal.set_wakeup_fd: a signal ends the wait at once."""
+        return self._wake_write.fileno()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in the loop's thread, soon.  Other threads may use this and hand(), and no more."""
+        with self._lock:
+            self._calls.append((function, arguments))
+            wake, self._woken = not self._woken and not self.is_this_thread(), True
+        if wake:
+            with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
+                self._wake_write.send(b"\0")
+
+    def hand(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in the loop's thread: now if this is it, else soon."""
+        if self.is_this_thread():
+            function(*arguments)
+        else:
+            self.call(function, *arguments)
+
+    def take_turn(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in a round of its own, behind what is ready: it takes longer than to pass a few bytes on."""
+        self._turns.append((function, arguments))
+
+    def is_this_thread(self) -> bool:
+        return self._thread == threading.get_ident()
+
+    def watch(self, sock: socket.socket, events: int, callback: Optional[Callable[[int], None]] = None) -> None:
+        """Call *callback* with the ready events of *sock*; 0 ends it.  Another callback alone costs no system call."""
+        entry = self._watched.get(sock)
+        if entry is None:
+            if events:
+                entry = self._watched[sock] = [events, callback]
+                self._selector.register(sock, events, entry)
+        elif not events:
+            entry[1] = None  # what is ready in this very round is no longer told
+            del self._watched[sock]
+            self._selector.unregister(sock)
+        else:
+            entry[1] = callback
+            if entry[0] != events:
+                entry[0] = events
+                self._selector.modify(sock, events, entry)
+
+    def close(self, sock: socket.socket) -> None:
+        """Close *sock*, whether it is watched or not."""
+        self.watch(sock, 0)
+        with contextlib.suppress(OSError):
+            sock.close()
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def run(self) -> None:
+        next_tick = 0.0
+        self._thread = threading.get_ident()
+        while not self._stopped:
+            is_patient = not self._calls and not self._turns
+            ready = self._selector.select(self.patience_s if is_patient else 0)
+            self.now = time.monotonic()
+            if is_patient and not ready:
+                self.on_quiet()
+            for key, events in ready:
+                callback = key.data[1]
+                if callback is not None:  # the ones before it may have ended it
+                    try:
+                        callback(events)
+                    except Exception as error:
+                        self.on_error(callback, error)
+            if self._calls:
+                with self._lock:
+                    calls, self._calls, self._woken = self._calls, [], False
+                for function, arguments in calls:
+                    self.guard(function, *arguments)
+            if self._turns:
+                function, arguments = self._turns.popleft()
+                self.guard(function, *arguments)
+            if self.now >= next_tick:
+                next_tick = self.now + TICK_S
+                self.guard(self.on_tick, self.now)
+
+    def _drain_wakeups(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+        self.on_wake()
+
+    def guard(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call *function*; a defect met there must end one exchange, not the service of all others."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self.on_error(function, error)
+
+
 def receive(sock: socket.socket) -> Optional[bytes]:
     """Return what has arrived on a non-blocking socket, b"" at its end, None if nothing is there.  May raise OSError.
 
@@ -2763,17 +2919,20 @@ def receive(sock: socket.socket) -> Optional[bytes]:
         return None
 
 
-@dataclasses.dataclass(eq=False)
 class UpstreamConnection:
-    """A connection to an upstream with at most one request under way.  Owned by whoever holds it; ends in close()."""
+    """A connection to an upstream with at most one request under way.  Owned by whoever holds it."""
 
-    sock: socket.socket
-    origin: Origin
-    proxy: Optional[ForwardProxy] = None  # the one that reads our requests; behind a tunnel there is none
-    reused: bool = False
-    unsent: List[memoryview] = dataclasses.field(default_factory=list)  # of the request, the last part first
-    whole: bool = True  # no part of the request was given up
-    idle_since: float = 0.0
+    __slots__ = ("connecting", "idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
+
+    def __init__(self, sock: socket.socket, origin: Origin, proxy: Optional[ForwardProxy] = None) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
+        self.connecting = False  # SO_ERROR says how it ended, once the socket can be written to
+        self.reused = False
+        self.unsent: List[memoryview] = []  # of the request, the last part first
+        self.whole = True  # no part of the request was given up
+        self.idle_since = 0.0
 
     def send_some(self) -> None:
         """Send what the upstream takes now; what is left stays in unsent.
@@ -2793,44 +2952,45 @@ class UpstreamConnection:
             if sent < len(view):
                 self.unsent.append(view[sent:])
 
-    def is_usable(self) -> bool:
-        """Say whether an idle connection is still open and silent: the upstream may have closed it meanwhile.
-
-        A TLS upstream may have sent session tickets; reading handles them and finds nothing else.
-        """
-        try:
-            self.sock.recv(1)
-        except OSError as error:
-            return isinstance(error, BLOCKED)
-        return False
-
     def close(self) -> None:
+        """Close what no loop watches."""
         with contextlib.suppress(OSError):
             self.sock.close()
 
 
-@dataclasses.dataclass(eq=False, repr=False)  # a repr would show the credential
 class OutboundRequest(urllib.request.Request):
-    """A request with its header fields exactly as given: urllib's own table would change their case and merge them."""
+    """A request with its header fields exactly as given: urllib's own table would change their case and merge them.
 
-    target: Target
-    path: str
-    method: str
-    fields: Sequence[Field]
-    body: Union[bytes, bytearray, None]
-    is_gone: Callable[[], bool]
-    fresh: bool  # not over a pooled connection
-    may_wait: bool  # for a connection to be made
+    Nor is its URL taken apart again for each request: the members of Request that an opener reads are set here.
+    """
 
-    def __post_init__(self) -> None:
-        super().__init__(self.target.base_url + self.path, method=self.method)
+    data = None
+    headers: Dict[str, str] = {}
+
+    def __init__(
+        self,
+        target: Target,
+        path: str,
+        method: str,
+        fields: Sequence[Field],
+        body: Optional[bytes] = None,
+        *,
+        is_gone: Callable[[], bool] = lambda: False,
+        fresh: bool = False,
+        may_wait: bool = True,
+    ) -> None:
+        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made, unless is_gone()."""
+        url = urllib.parse.urlsplit(target.base_url)  # which remembers
+        self.type, self.host, self.selector = url.scheme, url.netloc, url.path + path
+        self._full_url, self.fragment = target.base_url + path, None
+        self.target, self.method, self.fields, self.body = target, method, fields, body
+        self.is_gone, self.fresh, self.may_wait = is_gone, fresh, may_wait
 
     def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
         """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
-        fields: List[Field] = proxy.fields() if proxy else []
+        fields = [*(proxy.fields() if proxy else ()), *self.fields]
         if not any(name.lower() == "host" for name, _ in self.fields):
-            fields.append(("Host", self.host))
-        fields += self.fields
+            fields.insert(0, ("Host", self.host))
         if self.body is not None:
             fields.append(("Content-Length", str(len(self.body))))
         where = self.full_url if proxy else self.selector
@@ -2846,11 +3006,13 @@ class Transport(urllib.request.BaseHandler):
 
     def __init__(self, config: Config, connect_demo: Callable[[], socket.socket]) -> None:
         """Load certificates and keys, look up forward proxies; ConfigError names what cannot be used."""
+        self.loop: Optional[Loop] = None  # set by whoever runs one: it watches what is idle
         self._limits = config.limits
         self._connect_demo = connect_demo
         self._lock = threading.Lock()  # protects _idle and _is_closed
         self._idle: Dict[Origin, List[UpstreamConnection]] = collections.defaultdict(list)  # the last used last
         self._is_closed = False
+        self._addresses: Dict[Origin, Tuple[int, Any, float]] = {}  # family, address, good until; plain http only
         self._sessions: Dict[Origin, Optional[ssl.SSLSession]] = {}
         self._contexts: Dict[str, ssl.SSLContext] = {}
         self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
@@ -2875,7 +3037,7 @@ class Transport(urllib.request.BaseHandler):
         fields = [("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")]
         fields += [("Content-Type", "application/x-www-form-urlencoded"), ("Connection", "close")]
         target = Target(provider, provider.oauth_token_url, "")
-        connection = self.send(OutboundRequest(target, "", "POST", fields, form, lambda: False, True, True))
+        connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
         attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
         try:
@@ -2887,54 +3049,97 @@ class Transport(urllib.request.BaseHandler):
         finally:
             connection.close()
 
+    # -- the pool: what is in it is watched by the loop, so that what the upstream closes leaves it at once ---------
+
     def release(self, connection: UpstreamConnection) -> None:
-        """Take back a connection whose answer has been read to its end."""
+        """Take back a connection whose answer has been read to its end.  In the loop's thread, as the next three."""
         connection.idle_since, connection.reused = time.monotonic(), True
         if isinstance(connection.sock, ssl.SSLSocket):  # TLS 1.3 sends tickets after the handshake: now they are here
             self._sessions[connection.origin] = connection.sock.session
         with self._lock:
             idle = self._idle[connection.origin]
-            if self._is_closed or len(idle) >= MAX_IDLE_PER_ORIGIN:
-                connection.close()
-            else:
+            is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN
+            if is_kept:
                 idle.append(connection)
+        if not is_kept:
+            self._close(connection)
+        elif self.loop:
+            self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
+
+    def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
+        """An idle connection has something to say: its end, what nobody asked for, or a TLS session ticket."""
+        with self._lock:
+            idle = self._idle[connection.origin]
+            is_idle = connection in idle
+            if is_idle:  # else a thread has taken it, and what comes is the answer: attach() will watch it again
+                with contextlib.suppress(OSError):
+                    if receive(connection.sock) is None:
+                        return
+                idle.remove(connection)
+        if is_idle:
+            self._close(connection)
+        elif self.loop:
+            self.loop.watch(connection.sock, 0)
 
     def expire(self, now: float) -> None:
         """Close what has been idle for pool_idle_s; the oldest stand first."""
         with self._lock:
             for idle in self._idle.values():
                 while idle and idle[0].idle_since < now - self._limits.pool_idle_s:
-                    idle.pop(0).close()
+                    self._close(idle.pop(0))
 
     def close(self) -> None:
         self._is_closed = True
         self.expire(math.inf)
 
+    def _close(self, connection: UpstreamConnection) -> None:
+        if self.loop:
+            self.loop.close(connection.sock)
+        else:
+            connection.close()
+
+    # -- what the opener calls ---------------------------------------------
+
     def http_open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         # The provider stands for its forward proxy and certificates: they change only with the configuration.
         origin = (request.type, request.host, request.target.provider.name)
-        connection = None if request.fresh else self._take_idle(origin)
+        connection = None
+        if not request.fresh:
+            with self._lock:
+                idle = self._idle[origin]
+                connection = idle.pop() if idle else None
         if connection is None:
-            if not request.may_wait:
+            connection = self._connect(request, origin) if request.may_wait else self._begin_connection(request, origin)
+            if connection is None:
                 return None
-            connection = self._connect(request, origin)
         head, body = request.render_head(connection.proxy), request.body or b""
         parts = [head + body] if len(body) <= 128 * KIB else [body, head]
         connection.unsent = [memoryview(part) for part in parts]
-        connection.send_some()
+        if not connection.connecting:
+            connection.send_some()
         return connection
 
     https_open = http_open
     demo_open = http_open
 
-    def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
-        while True:
-            with self._lock:
-                idle = self._idle[origin]
-                connection = idle.pop() if idle else None
-            if connection is None or connection.is_usable():
+    def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
+        """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
+        family, address, until = self._addresses.get(origin, (0, None, -math.inf))
+        if until < time.monotonic():
+            return None
+        with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
+            sock = new_socket(family)
+            error = sock.connect_ex(address)
+            if error in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+                connection = UpstreamConnection(sock, origin, self._proxies[origin[2], origin[0], origin[1]])
+                connection.connecting = error != 0
                 return connection
-            connection.close()
+            sock.close()
+        return None
+
+    def forget_address(self, connection: UpstreamConnection) -> None:
+        """It does not answer any more: the next connection begins with its name."""
+        self._addresses.pop(connection.origin, None)
 
     def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
         if request.type == "demo":
@@ -2947,6 +3152,8 @@ class Transport(urllib.request.BaseHandler):
         attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
         sock = reach(url, proxy, attempt)
         if request.type == "http":
+            with contextlib.suppress(OSError):  # it has closed already
+                self._addresses[origin] = (sock.family, sock.getpeername(), time.monotonic() + ADDRESS_S)
             return UpstreamConnection(sock, origin, proxy)
         try:
             session = self._sessions.get(origin)
@@ -3035,14 +3242,20 @@ def resolve(host: str, port: int, attempt: Attempt) -> Sequence[Any]:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
+def new_socket(family: int) -> socket.socket:
+    """Return a TCP socket that never blocks."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+    return sock
+
+
 def connect_tcp(addresses: Sequence[Any], name: str, attempt: Attempt) -> socket.socket:
     """Return a non-blocking socket to the first of *addresses* (at least one) that answers; errors call it *name*."""
     with attempt.at(f"connection to {name}"):
-        for family, kind, protocol, _, address in addresses:
-            sock = socket.socket(family, kind, protocol)
+        for family, _, _, _, address in addresses:
+            sock = new_socket(family)
             try:
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
                 with contextlib.suppress(BlockingIOError):  # it is under way
                     sock.connect(address)
                 attempt.wait(sock, selectors.EVENT_WRITE)
@@ -3367,8 +3580,8 @@ def load_zstd() -> Optional[Coding]:
 
 
 # ---------------------------------------------------------------------------
-# 10  Relay -- Loop, ClientConnection, Exchange, Answer: one thread that owns every client socket and every running
-#    answer.  Nothing in it blocks: not a send to a slow reader, not the wait for a first byte.
+# 10  Relay -- ClientConnection, Exchange, Answer, Feed: client sockets and running answers, all in the loop's thread.
+#    Nothing here blocks: not a send to a slow reader, not the wait for a first byte.
 # ---------------------------------------------------------------------------
 
 
@@ -3393,50 +3606,61 @@ class State(NamedTuple):
         return targets_of(self.config, model, api) if known is None else known
 
 
-class Placed(NamedTuple):
-    """What placing finds: which targets are asked, in which order, and what of the request that was made of."""
-
-    headers: Headers  # end-to-end
-    session: Session
-    targets: Tuple[Target, ...]  # all that could serve it
-    plan: Plan
-    model: Optional[str] = None
-    cache_key: Optional[str] = None
-    body: Optional[JsonBody] = None  # until it has been sent; longer where a target has another name for the model
-    place: Optional[Place] = None  # what it was placed by, if there was a choice
-    turn_owner: Optional[str] = None  # the place that minted the turn state
-    passes_on: FrozenSet[int] = RETRY_STATUSES  # statuses with which the next target is asked
-
-
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
-NOT_PLACED: Final = Placed(NO_HEAD.headers, Session(), (), Plan((), "", ""))
+NO_ROUTE: Final = Route("", "", "")
+NOBODY: Final = Identity()
+NO_PLAN: Final = Plan((), "", "")  # not placed yet
+NO_BODY: Final = BodyReader()  # never fed
+NO_SESSION: Final = Session()
+UNPLACED: Final = UpstreamError("no target is enabled")
 
 
 class Exchange:
     """One request and what becomes of it.
 
-    The loop and one handler thread take turns with it: the loop fills it, start() hands it to a thread,
-    Loop.call() hands it back.  Only where the client leaves meanwhile does the loop not wait for its turn: it sets
-    is_gone, which the thread looks at, and writes the record as it is.
+    The loop and one handler take turns with it: the loop fills it, start() hands it to a handler, Loop.hand() hands it
+    back.  Only where the client leaves meanwhile does the loop not wait for its turn: it sets is_gone, which a handler
+    in a thread looks at, and writes the record as it is.
     """
+
+    __slots__ = (
+        ("head", "state", "record", "started", "reader", "parts", "size", "held", "body", "refusal", "is_gone")
+        + ("bytes_out", "route", "identity", "headers", "session", "cache_key", "model", "json", "prefix", "targets")
+        + ("plan", "place", "turn_owner", "passes_on", "tried", "target", "asks_again", "was_stale", "credential")
+        + ("refused", "waited_s", "last_answer", "left", "last_error", "usage")
+    )
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
         self.head = head
         self.state = state
-        self.record = new_record(time.time(), "req_" + secrets.token_hex(12), peer)
+        # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
+        self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
         self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
-        self.reader = BodyReader()
-        self.body = bytearray()
+        self.reader: BodyReader = NO_BODY
+        self.parts: List[bytes] = []  # of the body, until all of it is here
+        self.size = 0  # of what has come of it
+        self.held = 0  # bytes of it that limits.max_buffered_bytes counts
+        self.body = b""
         self.refusal: Optional[ProxyError] = None  # to be answered once the body has been read
         self.is_gone = False  # the client has left
+        self.bytes_out = 0
         # What admit() finds.
-        self.route = Route("", "", "")
-        self.identity = Identity()
-        # What the first turn of the handler finds.
-        self.placed = NOT_PLACED
-        self.prefix = b""  # digests of a request with a session
+        self.route = NO_ROUTE
+        self.identity = NOBODY
+        # What placing finds: which targets are asked, in which order, and what of the request that was made of.
+        self.headers = head.headers  # then the end-to-end ones
+        self.session = NO_SESSION
+        self.cache_key: Optional[str] = None
+        self.model: Optional[str] = None
+        self.json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
+        self.prefix = b""  # these digests
+        self.targets: Tuple[Target, ...] = ()  # all that could serve it
+        self.plan = NO_PLAN
+        self.place: Optional[Place] = None  # what it was placed by, if there was a choice
+        self.turn_owner: Optional[str] = None  # the place that minted the turn state
+        self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
         # What each turn changes.
         self.tried = 0  # how many targets of the plan
         self.target: Optional[Target] = None  # the one being asked
@@ -3447,17 +3671,18 @@ class Exchange:
         self.waited_s = 0.0  # for 429s
         self.last_answer: Optional[Answer] = None  # an error, read to its end and not sent: another is asked first
         self.left: List[str] = []  # the providers that a further target stood in for
-        self.last_error: ProxyError = UpstreamError("no target is enabled")
+        self.last_error: ProxyError = UNPLACED
         self.usage: Optional[UsageReader] = None  # of the answer that is relayed
 
-    def forget_body(self) -> None:
+    def digest(self) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
-        placed = self.placed
-        is_wanted = placed.session.value is not None and not self.prefix and len(self.body) <= MAX_DIGESTED_BYTES
-        if placed.body and is_wanted:
-            self.prefix = prefix_of(placed.body.members)
-        if self.record["ttfb_ms"] is not None or all(target.model == placed.model for target in placed.targets):
-            self.placed = placed._replace(body=None)
+        body, self.json = self.json, None
+        if body is None:
+            return
+        if self.session.value is not None and body.members and len(body.raw) <= MAX_DIGESTED_BYTES:
+            self.prefix = prefix_of(body.members)
+        if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
+            self.json = body._replace(members={})
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -3470,7 +3695,7 @@ class Application(Protocol):
 
     state: State
     fleet: Fleet
-    loop: "Loop"
+    loop: Loop
     clients: Set["ClientConnection"]
     body_bytes: int  # of the requests of all clients together, held until nothing can fail over any more
 
@@ -3478,98 +3703,11 @@ class Application(Protocol):
 
     def start(self, exchange: Exchange, connection: "ClientConnection") -> None: ...  # and again for a further target
 
+    def digest_later(self, exchange: Exchange) -> None: ...  # its answer has begun: its body is no longer needed
+
     def done(self, exchange: Exchange) -> None: ...  # it has ended: write its record
 
     def is_draining(self) -> bool: ...  # no further request is taken on a connection
-
-
-class Loop:
-    """A selector, calls from other threads, and a tick.  run() returns after stop()."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # protects _calls and _woken
-        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
-        self._woken = False
-        self._watched: Dict[socket.socket, int] = {}
-        self._stopped = False
-        self._thread = 0
-        self.now = time.monotonic()
-        self.patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-        self.on_quiet: Callable[[], None] = lambda: None
-        self.on_tick: Callable[[float], None] = lambda now: None
-        self.on_wake: Callable[[], None] = lambda: None
-        self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
-        self._wake_read, self._wake_write = socket.socketpair()
-        for end in (self._wake_read, self._wake_write):
-            end.setblocking(False)
-        self.watch(self._wake_read, selectors.EVENT_READ, self._drain_wakeups)
-
-    @property
-    def wakeup_fd(self) -> int:
-        """For signal.set_wakeup_fd: a signal ends the wait at once."""
-        return self._wake_write.fileno()
-
-    def call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run *function* in the loop's thread, soon.  Other threads may use this and the next method, and no more."""
-        with self._lock:
-            self._calls.append((function, arguments))
-            wake, self._woken = not self._woken and not self.is_this_thread(), True
-        if wake:
-            with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
-                self._wake_write.send(b"\0")
-
-    def is_this_thread(self) -> bool:
-        return self._thread == threading.get_ident()
-
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call *callback* with the ready events of *sock*; 0 ends it."""
-        known = self._watched.get(sock, 0)
-        if events == known:
-            return
-        if not events:
-            del self._watched[sock]
-            self._selector.unregister(sock)
-            return
-        self._watched[sock] = events
-        if known:
-            self._selector.modify(sock, events, callback)
-        else:
-            self._selector.register(sock, events, callback)
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def run(self) -> None:
-        next_tick = 0.0
-        self._thread = threading.get_ident()
-        while not self._stopped:
-            ready = self._selector.select(0 if self._calls else self.patience_s)
-            self.now = time.monotonic()
-            if not ready:
-                self.on_quiet()
-            for key, events in ready:
-                if key.fileobj in self._watched:  # still: the ones before it may have closed it
-                    self.guard(key.data, events)
-            with self._lock:
-                calls, self._calls, self._woken = self._calls, [], False
-            for function, arguments in calls:
-                self.guard(function, *arguments)
-            if self.now >= next_tick:
-                next_tick = self.now + TICK_S
-                self.guard(self.on_tick, self.now)
-
-    def _drain_wakeups(self, events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_read.recv(4096)
-        self.on_wake()
-
-    def guard(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call *function*; a defect met there must end one exchange, not the service of all others."""
-        try:
-            function(*arguments)
-        except Exception as error:
-            self.on_error(function, error)
 
 
 class Phase:
@@ -3578,7 +3716,7 @@ class Phase:
     IDLE = "idle"  # no byte of a request yet
     HEAD = "head"
     BODY = "body"
-    BUSY = "busy"  # a handler thread has the exchange
+    BUSY = "busy"  # a handler has the exchange
     ANSWERING = "answering"  # an answer is awaited or relayed, or a 429 waited for
     LINGERING = "lingering"  # the last answer is out: read until the client closes
 
@@ -3589,12 +3727,26 @@ READING: Final = {Phase.IDLE: "client_idle_s", Phase.HEAD: "header_timeout_s", P
 
 
 class ClientConnection:
-    """A client's connection: strict requests in, answers out, one after the other.  Lives in the loop's thread.
+    """A client's connection: strict requests in, answers out, one after the other.
 
     Where each byte goes: _received collects, _advance reads requests, send() writes answers or keeps what the client
     does not take yet.  finish() ends an exchange in step with the connection, abort() in the middle of an answer,
     close() because the client has left.
     """
+
+    __slots__ = (
+        "loop",
+        "app",
+        "sock",
+        "peer",
+        "exchange",
+        "answer",
+        "closing",
+        "is_closed",
+        "unsent",
+        "phase",
+        "deadline",
+    ) + ("idle_since", "_pending", "_head_bytes", "_framing", "_aborted", "_handshaking", "_took_at")
 
     def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
         self.loop = app.loop
@@ -3606,24 +3758,23 @@ class ClientConnection:
         self.closing = False  # no further request on this connection
         self.is_closed = False
         self.unsent = bytearray()  # what the client has not taken yet
+        self.phase = Phase.IDLE
+        self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
+        self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
         self._pending = b""  # bytes of the request being read, or of the ones after it
         self._head_bytes = b""  # of the answer, until its first bytes leave with it
         self._framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
         self._aborted = False  # close without a clean end once the rest is out
         self._handshaking = isinstance(sock, ssl.SSLSocket)
         self._took_at = 0.0  # when the client last took something of unsent
-        self._enter(Phase.IDLE)
-        self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
-        self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
         self._watch()
 
     @property
     def limits(self) -> Limits:
         return self.app.state.config.limits  # those of today: a reload is for open connections, too
 
-    def _enter(self, phase: str) -> None:
-        self.phase = phase
-        self.deadline = self.loop.now + getattr(self.limits, READING[phase]) if phase in READING else math.inf
+    def _enter(self, phase: str, seconds: float = math.inf) -> None:
+        self.phase, self.deadline = phase, self.loop.now + seconds
 
     # -- requests in -----------------------------------------------------
 
@@ -3632,25 +3783,23 @@ class ClientConnection:
             return
         busy = self.phase in (Phase.BUSY, Phase.ANSWERING)
         unread = len(self._pending) > PIPELINE_BYTES if busy else len(self.unsent) > HIGH_WATER_BYTES
-        events = 0 if unread or self._aborted else selectors.EVENT_READ
-        if self.unsent:
-            events |= selectors.EVENT_WRITE
-        self.loop.watch(self.sock, events, self._on_ready)
+        events = 0 if unread or self._aborted else READ
+        self.loop.watch(self.sock, events | WRITE if self.unsent else events, self._on_ready)
 
     def _shake_hands(self) -> None:
         """Take a step of the TLS handshake.  All of it has the time for a head, as the wait for the first byte has."""
         try:
             self.sock.do_handshake()  # type: ignore[attr-defined]
         except ssl.SSLWantReadError:
-            self.loop.watch(self.sock, selectors.EVENT_READ, self._on_ready)
+            self.loop.watch(self.sock, READ, self._on_ready)
         except ssl.SSLWantWriteError:
-            self.loop.watch(self.sock, selectors.EVENT_WRITE, self._on_ready)
+            self.loop.watch(self.sock, WRITE, self._on_ready)
         except OSError as error:
             if getattr(error, "reason", None) != "HTTP_REQUEST":
                 self.close()
                 return
             self._handshaking = False
-            self.loop.watch(self.sock, 0, self._on_ready)
+            self.loop.watch(self.sock, 0)
             self.sock = socket.socket(fileno=self.sock.detach())
             self.sock.setblocking(False)
             self.refuse(MalformedHTTP("this is plain HTTP on a TLS port; use https:// in the base URL"))
@@ -3662,9 +3811,9 @@ class ClientConnection:
         if self._handshaking:
             self._shake_hands()
             return
-        if events & selectors.EVENT_WRITE:
+        if events & WRITE:
             self._flush()
-        if events & selectors.EVENT_READ and not self.is_closed:
+        if events & READ and not self.is_closed:
             try:
                 data = receive(self.sock)
             except OSError:
@@ -3687,7 +3836,7 @@ class ClientConnection:
         """FIN counts as gone: no agent half-closes, and one that has left must not cost tokens."""
         if self.phase == Phase.BUSY and self.exchange and not self.exchange.route.is_forwarded:
             self.closing = True  # an answer of our own costs nothing: it may still be wanted
-            self.loop.watch(self.sock, 0, self._on_ready)
+            self.loop.watch(self.sock, 0)
         else:
             self.close()
 
@@ -3701,28 +3850,27 @@ class ClientConnection:
         self._watch()
 
     def _read_some(self, limits: Limits) -> bool:
-        """Take one step through the pending bytes; False if more of them are needed."""
+        """Take one step through the pending bytes; False if more of them are needed, or a request is complete."""
         if self.phase == Phase.IDLE:
-            self._pending = EMPTY_LINES.sub(b"", self._pending, 1)  # RFC 9112 2.2: ignored before a request
-            if self._pending in (b"", b"\r"):
-                return False
-            self._enter(Phase.HEAD)
+            if self._pending[:1] == b"\r":
+                self._pending = EMPTY_LINES.sub(b"", self._pending, 1)  # RFC 9112 2.2: ignored before a request
+                if self._pending in (b"", b"\r"):
+                    return False
+            self._enter(Phase.HEAD, limits.header_timeout_s)
         if self.phase == Phase.HEAD:
             end = find_head_end(self._pending, limits.max_header_bytes)
             if end < 0:
                 return False
-            raw, self._pending = self._pending[:end], self._pending[end:]
-            self._begin(read_request_head(raw), limits)
-        if self.exchange:
-            self._read_body(self.exchange, limits)
-        return True
+            head, self._pending = self._pending[:end], self._pending[end:]
+            self._begin(read_request_head(head), limits)
+        return self.exchange is None or self._read_body(self.exchange, limits)
 
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
         length = request_framing(head)
         exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
-        self._enter(Phase.BODY)
+        self._enter(Phase.BODY, limits.body_timeout_s)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
         expectation = head.headers.tokens("expect")
         try:
@@ -3738,23 +3886,28 @@ class ClientConnection:
         if expectation and head.version and not self._pending and not exchange.reader.done:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _read_body(self, exchange: Exchange, limits: Limits) -> None:
+    def _read_body(self, exchange: Exchange, limits: Limits) -> bool:
+        """Take what is there of the body; False once it is complete."""
         payload = exchange.reader.feed(self._pending)
         self._pending = exchange.reader.rest
-        exchange.record["bytes_in"] += len(payload)
+        exchange.size += len(payload)
         if exchange.refusal:
-            if exchange.reader.done or exchange.record["bytes_in"] > SMALL_BODY_BYTES:
+            if exchange.reader.done or exchange.size > SMALL_BODY_BYTES:
                 raise exchange.refusal
-            return
-        exchange.body += payload
+            return True
+        exchange.parts.append(payload)
+        exchange.held += len(payload)
         self.app.body_bytes += len(payload)
-        if len(exchange.body) > limits.max_body_bytes:
+        if exchange.size > limits.max_body_bytes:
             raise too_large("body", limits.max_body_bytes)
         if self.app.body_bytes > limits.max_buffered_bytes:
             message = f"the request bodies under way fill limits.max_buffered_bytes ({limits.max_buffered_bytes})"
             raise ProxyError("overloaded", message)
         if exchange.reader.done:
+            exchange.body = payload if exchange.size == len(payload) else b"".join(exchange.parts)
+            exchange.parts = []
             self.go_on(exchange)
+        return not exchange.reader.done
 
     def go_on(self, exchange: Exchange) -> None:
         self._enter(Phase.BUSY)
@@ -3809,22 +3962,24 @@ class ClientConnection:
         self._head_bytes = line + render_fields([*fields, *own]) + b"\r\n"
         exchange.record["status"] = status
 
-    def framed(self, payload: bytes, is_last: bool = False) -> bytes:
-        if self._framing != "chunked":
-            return payload
-        wire = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
-        return wire + b"0\r\n\r\n" if is_last else wire
-
     def send_payload(self, payload: bytes, is_last: bool = False) -> None:
         """Send a part of the answer's body; before the first one the head, in the same packet."""
         exchange = self.exchange
         assert exchange is not None
-        wire = self.framed(payload, is_last)
+        exchange.bytes_out += len(payload)
+        wire = payload
+        if self._framing == "chunked":
+            wire = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+            if is_last:
+                wire += b"0\r\n\r\n"
         if self._head_bytes:
             wire, self._head_bytes = self._head_bytes + wire, b""
             exchange.record["ttfb_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
-        exchange.record["bytes_out"] += len(payload)
         self.send(wire)
+
+    def send_comment(self, comment: bytes) -> None:
+        """Send what is no part of the answer's body, between two events of it."""
+        self.send(b"%x\r\n%b\r\n" % (len(comment), comment) if self._framing == "chunked" else comment)
 
     def send(self, wire: bytes) -> None:
         """Send what the client takes now and keep the rest; never blocks."""
@@ -3868,7 +4023,7 @@ class ClientConnection:
             if not self.unsent:
                 self._shut()
         else:
-            self._enter(Phase.IDLE)
+            self._enter(Phase.IDLE, self.limits.client_idle_s)
             if self._pending:  # a pipelined request; not called from here, or thousands of them would nest
                 self.loop.call(self._advance)
         self._watch()
@@ -3882,9 +4037,15 @@ class ClientConnection:
         if exchange:
             if error:
                 exchange.fail(error)
-            self.app.body_bytes -= len(exchange.body)  # which stays: a thread may be sending it
+            self.forget_body(exchange)  # but it stays where it is: a thread may be sending it
+            exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
             exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
             self.app.done(exchange)
+
+    def forget_body(self, exchange: Exchange) -> None:
+        """Count the body no longer: nobody will be sent it again."""
+        self.app.body_bytes -= exchange.held
+        exchange.held, exchange.parts = 0, []
 
     def _shut(self) -> None:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
@@ -3916,12 +4077,10 @@ class ClientConnection:
         if self.is_closed:
             return
         self.is_closed = True
-        self.loop.watch(self.sock, 0, self._on_ready)
         exchange = self.exchange
         if not (exchange or self._aborted or self.unsent):
             say_goodbye(self.sock)
-        with contextlib.suppress(OSError):
-            self.sock.close()
+        self.loop.close(self.sock)
         self.unsent.clear()
         if exchange:
             exchange.is_gone = True
@@ -3938,7 +4097,7 @@ class ClientConnection:
 
     def await_turn(self, seconds: float) -> None:
         """Ask the targets again after *seconds*: a 429 said so."""
-        self.phase, self.deadline = Phase.ANSWERING, self.loop.now + seconds
+        self._enter(Phase.ANSWERING, seconds)
 
     def tick(self, now: float) -> None:
         if self.unsent and now > self._took_at + self.limits.stall_timeout_s:
@@ -3980,6 +4139,19 @@ class Answer:
     target may do better.  All else is relayed as it comes.
     """
 
+    __slots__ = (
+        "connection",
+        "exchange",
+        "target",
+        "upstream",
+        "loop",
+        "head",
+        "_fleet",
+        "_limits",
+        "_deadline",
+        "_proxy",
+    ) + ("_start", "_body", "_held", "_tail", "_quiet_since", "_commented_at", "_ids")
+
     def __init__(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
     ) -> None:
@@ -3988,16 +4160,14 @@ class Answer:
         self.target = target
         self.upstream: Optional[UpstreamConnection] = upstream
         self.loop = connection.loop
+        self.head = NO_ANSWER
         self._fleet = connection.app.fleet
         self._limits = exchange.state.config.limits
-        self._idle_s = target.provider.timeout_s("idle_timeout_s", self._limits)
-        self._first_byte_s = target.provider.timeout_s("first_byte_timeout_s", self._limits)
-        self._deadline = self.loop.now + self._first_byte_s
+        timeout = "connect_timeout_s" if upstream.connecting else "first_byte_timeout_s"
+        self._deadline = self.loop.now + target.provider.timeout_s(timeout, self._limits)
         self._proxy = upstream.proxy
-        self._secrets = secrets_of((*target.provider.headers, *exchange.credential), upstream.proxy)
         self._start = b""  # of the answer, until its head is complete
-        self.head = NO_ANSWER
-        self._body = BodyReader()
+        self._body: BodyReader = NO_BODY
         self._held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
         self._tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
         self._quiet_since = self._commented_at = self.loop.now
@@ -4011,17 +4181,18 @@ class Answer:
     def _watch(self) -> None:
         """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
         if self.upstream:
-            events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else selectors.EVENT_READ
-            events |= selectors.EVENT_WRITE if self.upstream.unsent else 0
-            self.loop.watch(self.upstream.sock, events, self._on_ready)
+            events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else READ
+            self.loop.watch(self.upstream.sock, events | WRITE if self.upstream.unsent else events, self._on_ready)
 
     def _on_ready(self, events: int) -> None:
         upstream = self.upstream
         assert upstream is not None  # else nothing is watched
-        if events & selectors.EVENT_WRITE:
+        if events & WRITE:
+            if upstream.connecting and not self._is_connected(upstream):
+                return
             upstream.send_some()
             self._watch()
-        if not events & selectors.EVENT_READ:
+        if not events & READ:
             return
         try:
             data = receive(upstream.sock)
@@ -4037,9 +4208,21 @@ class Answer:
             elif self.head is NO_ANSWER:
                 self._read_head(data)
             else:
-                self._take(data)
+                self._take(self._body.feed(data))
         except MalformedHTTP as error:
             self._invalid(error)
+
+    def _is_connected(self, upstream: UpstreamConnection) -> bool:
+        """Say whether the connection that was begun is there.  If not, a thread tries again: it has all the time, and
+        all addresses."""
+        upstream.connecting = False
+        if upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.exchange.state.transport.forget_address(upstream)
+            self.exchange.asks_again = True
+            self._next_turn()
+            return False
+        self._deadline = self.loop.now + self.target.provider.timeout_s("first_byte_timeout_s", self._limits)
+        return True
 
     def _read_head(self, data: bytes) -> None:
         """Read the head once it is complete, and decide what to do with the answer."""
@@ -4053,7 +4236,8 @@ class Answer:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
                     raise MalformedHTTP("this is not HTTP/1.1")
                 return
-            head, self._start = read_answer_head(self._start[:end]), self._start[end:]
+            # An upstream that repeats our credential must not reveal it; nothing else in a head looks like one.
+            head, self._start = read_answer_head(mask(self._start[:end], self._secrets())), self._start[end:]
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
         if head.status == 407 and self._proxy:  # it asks us, not the client
@@ -4068,7 +4252,9 @@ class Answer:
         else:
             self._commit(self._body.length if isinstance(self._body, LengthBody) else None)
         rest, self._start = self._start, b""
-        self._take(rest)
+        self._take(self._body.feed(rest))
+        if head.status < 400:
+            self.connection.app.digest_later(self.exchange)
 
     def _learn(self, head: AnswerHead) -> None:
         """Remember what this head teaches: the target is well or has to rest, where the session lies now, who minted
@@ -4078,28 +4264,42 @@ class Answer:
             fleet.failed(target, now, retry_after_of(head.headers, time.time()))
             return
         fleet.succeeded(target)
-        placed = exchange.placed
-        if head.status < 400 and len(placed.targets) > 1:
-            if placed.place:
-                fleet.served(placed.targets, placed.place, placed.plan, target, exchange.tried, now)
+        if head.status < 400 and len(exchange.targets) > 1:
+            if exchange.place:
+                fleet.served(exchange.targets, exchange.place, exchange.plan, target, exchange.tried, now)
             for state in head.headers.all(TURN_STATE):
                 fleet.owners.put(text_digest(state), target.place, now)
 
-    def _take(self, data: bytes) -> None:
-        payload = self._body.feed(data)
-        if self._held is None:
-            self._forward(payload)
+    def _take(self, payload: bytes) -> None:
+        """Pass on one read's payload, and the end of the body with it; what is read of it is read afterwards."""
+        connection, exchange, done = self.connection, self.exchange, self._body.done
+        if self._held is not None:
+            self._hold(self._held, payload)
             return
-        self._held += payload
+        connection.send_payload(payload, done)
+        if self._tail is not None:
+            self._tail = payload[-4:] if len(payload) > 3 else (self._tail + payload)[-4:]
+        if self._ids and self._ids.feed(payload):
+            self._fleet.owners.put(text_digest(self._ids.found or ""), self.target.place, self.loop.now)
+        if exchange.usage:
+            exchange.usage.feed(payload)
+        if done:
+            self.detach(reusable=True)
+            connection.finish()
+        elif len(connection.unsent) > HIGH_WATER_BYTES:
+            self._watch()
+
+    def _hold(self, held: bytearray, payload: bytes) -> None:
+        held += payload
         if self._body.done:
             self._end_held()
-        elif len(self._held) > HELD_ANSWER_BYTES:
+        elif len(held) > HELD_ANSWER_BYTES:
             self._stop_holding("is too long")
 
     def _stop_holding(self, why: str) -> None:
         """An error answer cannot be held back any longer: ask the next target, or hand on what is here and relay on."""
         exchange, status = self.exchange, self.head.status
-        if status in exchange.placed.passes_on and exchange.tried < len(exchange.placed.plan.targets):
+        if status in exchange.passes_on and exchange.tried < len(exchange.plan.targets):
             self._failed(self._error(f"answered {status}, and the answer {why}"))
         else:
             self.hand_on()
@@ -4110,7 +4310,7 @@ class Answer:
         exchange.last_answer = self
         if status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
             exchange.refused, exchange.asks_again = exchange.credential, True  # once more, after a renewal
-        elif status not in exchange.placed.passes_on:
+        elif status not in exchange.passes_on:
             self.hand_on()
             return
         self._next_turn(reusable=True)
@@ -4153,7 +4353,7 @@ class Answer:
         self._next_turn()
 
     def _next_turn(self, reusable: bool = False) -> None:
-        """Back to a handler thread: it asks the next target, or answers."""
+        """Back to a handler: it asks the next target, or answers."""
         self.detach(reusable)
         self.connection.answer = None
         self.connection.go_on(self.exchange)
@@ -4164,12 +4364,11 @@ class Answer:
         upstream, self.upstream = self.upstream, None
         if upstream is None:
             return
-        self.loop.watch(upstream.sock, 0, self._on_ready)
         self._fleet.closed(self.target)
         if reusable and upstream.whole and not upstream.unsent and self._is_persistent():
             self.exchange.state.transport.release(upstream)
         else:
-            upstream.close()
+            self.loop.close(upstream.sock)
 
     def _is_persistent(self) -> bool:
         """RFC 9112 9.3, and stricter: surplus bytes are somebody's mistake, so nothing more is read from there."""
@@ -4183,17 +4382,20 @@ class Answer:
     def hand_on(self) -> None:
         """Relay the error answer that was held back, as it is but for our credentials in it."""
         if self.connection.exchange is self.exchange and self._held is not None:
-            payload, self._held = mask(bytes(self._held), self._secrets), None
+            payload, self._held = mask(bytes(self._held), self._secrets()), None
             length = self._body.length if isinstance(self._body, LengthBody) else None
             self._commit(len(payload) if self._body.done else length)
-            self._forward(payload)
+            self._take(payload)
+
+    def _secrets(self) -> Tuple[bytes, ...]:
+        return secrets_of((*self.target.provider.headers, *self.exchange.credential), self._proxy)
 
     def _commit(self, length: Optional[int]) -> None:
         """The answer goes to the client: from here on there is no other target."""
         connection, exchange, head = self.connection, self.exchange, self.head
         self._deadline = math.inf
-        connection.app.body_bytes -= len(exchange.body)
-        exchange.body = bytearray()
+        connection.forget_body(exchange)
+        exchange.body = b""
         is_stream, is_encoded = is_event_stream(head.headers), head.headers.get("content-encoding") is not None
         if head.status < 400:
             exchange.record["stream"] = is_stream
@@ -4203,28 +4405,9 @@ class Answer:
             self._ids = ResponseIds()
         if exchange.route.action == "forward" and not is_encoded:  # else it was counted when it was made
             exchange.usage = UsageReader(is_stream)
-        asked, used = exchange.placed.model, self.target.model
+        asked, used = exchange.model, self.target.model
         fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
-        text = "\n".join([head.reason, *[value for _, value in fields]])  # at once: hardly any answer has a secret
-        masked = mask(text.encode("latin-1"), self._secrets).decode("latin-1").split("\n")
-        fields = [(name, value) for (name, _), value in zip(fields, masked[1:])]
-        connection.begin_answer(head.status, masked[0], fields, length)
-
-    def _forward(self, payload: bytes) -> None:
-        """Pass on one read's payload, and the end of the body with it; what is read of it is read afterwards."""
-        connection, exchange, done = self.connection, self.exchange, self._body.done
-        connection.send_payload(payload, done)
-        if self._tail is not None:
-            self._tail = (self._tail + payload[-4:])[-4:]
-        if self._ids and self._ids.feed(payload) and self._ids.found:
-            self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
-        if exchange.usage:
-            exchange.usage.feed(payload)
-        if done:
-            self.detach(reusable=True)
-            connection.finish()
-        elif len(connection.unsent) > HIGH_WATER_BYTES:
-            self._watch()
+        connection.begin_answer(head.status, head.reason, fields, length)
 
     def resume(self) -> None:
         """The client has read what was kept for it: go on reading from the upstream."""
@@ -4232,23 +4415,26 @@ class Answer:
         self._watch()
 
     def tick(self, now: float) -> None:
-        connection, keepalive_s = self.connection, self._limits.keepalive_s
+        connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
-        if self.exchange.placed.body:  # the upstream thinks, so there is time for this
-            self.exchange.forget_body()
+        if self.exchange.json:  # the upstream thinks, so there is time for this
+            self.exchange.digest()
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
-            what = f"sent no answer within first_byte_timeout_s ({self._first_byte_s:g})"
+            phase, name = "sent no answer", "first_byte_timeout_s"
+            if self.upstream and self.upstream.connecting:
+                phase, name = "did not accept a connection", "connect_timeout_s"
+            what = f"{phase} within {name} ({provider.timeout_s(name, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))
         elif self._deadline < math.inf or connection.unsent:
             return
-        elif now - self._quiet_since > self._idle_s:
+        elif now - self._quiet_since > provider.timeout_s("idle_timeout_s", limits):
             connection.abort("upstream_timeout")
-        elif self._tail and self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < keepalive_s <= silent_s:
+        elif self._tail and self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < limits.keepalive_s <= silent_s:
             # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.
             self._commented_at = now
-            connection.send(connection.framed(b": keepalive\n\n"))
+            connection.send_comment(b": keepalive\n\n")
 
 
 class Feed:
@@ -4322,61 +4508,57 @@ def admit(exchange: Exchange) -> None:
         else:
             exchange.identity = find_key(head.headers, keys)
         exchange.record.update(key=exchange.identity.name, label=exchange.identity.label)
-    lengths = head.headers.all("content-length"), head.headers.all("transfer-encoding")
-    if route.action == "forward" and not any(lengths):
+    if route.action == "forward" and not head.headers.all("content-length") + head.headers.all("transfer-encoding"):
         raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
 
 
-def place(exchange: Exchange, fleet: Fleet, now: float) -> Placed:
+def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     """Read the body as far as routing needs it, and plan which targets are asked."""
-    state, route, headers = exchange.state, exchange.route, exchange.head.headers.end_to_end()
+    state, route, headers = exchange.state, exchange.route, exchange.headers
     encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
     raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
-    body = None if raw is None else parse_json_body(raw)
-    members = body.members if body else {}
-    model = model_of(exchange, members) if body else None
-    targets = only_choice(exchange) if model is None else state.targets(model, route.api)
+    body = exchange.json = None if raw is None else parse_json_body(raw)
+    model = exchange.model = model_of(exchange, body) if body else None
+    targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
         is_known = model in model_list(state.config)
         raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
-    plan = Plan(targets, "only", targets[0].id)
-    placed = Placed(headers, session_of(headers, members), targets, plan, model, cache_key(members), body)
-    if len(targets) > 1:
-        placed = choose(placed, fleet, now, limits.pin_idle_s)
-    is_direct = model is not None and model.startswith("direct/") and model not in state.config.models
-    if is_direct and placed.plan.reason in ("only", "rendezvous"):
-        placed = placed._replace(plan=placed.plan._replace(reason="direct"))
-    return placed
+    exchange.cache_key = cache_key(body)
+    exchange.session = session_of(headers, exchange.cache_key)
+    plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only", targets[0].id)
+    if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
+        plan = plan._replace(reason="direct")
+    exchange.plan = plan
 
 
-def choose(placed: Placed, fleet: Fleet, now: float, pin_idle_s: float) -> Placed:
+def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
     """Plan for several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
-    members = placed.body.members if placed.body else {}
-    issued, owner, turn_owner = members.get("previous_response_id"), None, None
+    members = exchange.json.members if exchange.json else {}
+    issued, owner = members.get("previous_response_id"), None
     if isinstance(issued, str):
         owner = fleet.owners.get(text_digest(issued), now)
-    for state in placed.headers.all(TURN_STATE):
-        turn_owner = fleet.owners.get(text_digest(state), now)
-    by = place_of(placed.session.value, members, placed.model)
-    bound = placed.body is not None and is_bound(placed.body)
-    plan = fleet.plan(placed.targets, by, now, pin_idle_s, owner=owner or turn_owner, bound=bound)
-    if placed.session.value is None and plan.reason == "rendezvous":
+    for state in exchange.headers.all(TURN_STATE):
+        exchange.turn_owner = fleet.owners.get(text_digest(state), now)
+    by = exchange.place = place_of(exchange.session.value, members, exchange.model)
+    bound = exchange.json is not None and is_bound(exchange.json)
+    pin_idle_s = exchange.state.config.limits.pin_idle_s
+    plan = fleet.plan(exchange.targets, by, now, pin_idle_s, owner=owner or exchange.turn_owner, bound=bound)
+    if exchange.session.value is None and plan.reason == "rendezvous":
         plan = plan._replace(reason="fingerprint")
-    return placed._replace(plan=plan, place=by, turn_owner=turn_owner)
+    return plan
 
 
-def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> Placed:
+def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> None:
     """Plan for a request about an earlier response: its owner, else every upstream in order until one knows it."""
-    headers = exchange.head.headers.end_to_end()
     places = places_of(exchange.state.config, exchange.identity.models)
     if not places:
         raise ProxyError("not_found", "no upstream that this key may use keeps responses")
     owner = fleet.owners.get(text_digest(exchange.route.id), now)
     owners = tuple(target for target in places if target.place == owner)
-    targets = owners or places
-    passes_on = frozenset({404} if len(targets) > 1 else ())
-    reason = "owner" if owners else "only" if len(places) == 1 else ""
-    return Placed(headers, session_of(headers, {}), targets, Plan(targets, reason, ""), passes_on=passes_on)
+    exchange.targets = owners or places
+    exchange.passes_on = frozenset({404} if len(exchange.targets) > 1 else ())
+    exchange.session = session_of(exchange.headers, None)
+    exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "", "")
 
 
 def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
@@ -4393,11 +4575,11 @@ def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
     )
 
 
-def model_of(exchange: Exchange, members: Mapping[str, Any]) -> str:
-    """Return the model in the body's *members*, if this key may use it."""
-    model, allowed = members.get("model"), exchange.identity.models
-    if not isinstance(model, str):
-        found = "is missing" if "model" not in members else f"is {describe(model)}"
+def model_of(exchange: Exchange, body: JsonBody) -> str:
+    """Return the model that *body* asks for, if this key may use it."""
+    model, allowed = body.text("model"), exchange.identity.models
+    if model is None:
+        found = f"is {describe(body.members['model'])}" if "model" in body.members else "is missing"
         raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
     if allowed is not None and model not in allowed:
         if not is_served(exchange.state.config, model):
@@ -4426,27 +4608,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.exchange, self.connection = self.request
-        self.fleet = self.server.fleet
+        self.fleet, self.hand = self.server.fleet, self.server.loop.hand
 
     def finish(self) -> None:
         pass
 
     def handle(self) -> None:
         try:
-            getattr(self, "do_" + self.exchange.route.action)()
+            if not self.exchange.is_gone:
+                getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
-            self.server.loop.call(self.connection.respond_error, error)
+            self.hand(self.connection.respond_error, error)
         except ClientGone:  # the loop saw it first, and has written the record
             pass
 
     def answer(self, value: Any) -> None:
-        self.server.loop.call(self.connection.respond, 200, own_fields(), render_json(value))
+        self.hand(self.connection.respond, 200, own_fields(), render_json(value))
 
     def do_health(self) -> None:
         self.answer({"status": "ok"})
 
     def do_page(self) -> None:
-        self.server.loop.call(self.connection.respond, 200, *self.server.page)
+        self.hand(self.connection.respond, 200, *self.server.page)
 
     def do_ticket(self) -> None:
         expires = int(time.time()) + TICKET_S
@@ -4454,10 +4637,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer({"ticket": ticket, "expires_in": TICKET_S})
 
     def do_metrics(self) -> None:
-        self.server.loop.call(self.server.answer_metrics, self.connection)
+        self.hand(self.server.answer_metrics, self.connection)
 
     def do_status(self) -> None:
-        self.server.loop.call(self.server.attach_feed, self.connection, self.exchange)
+        self.hand(self.server.attach_feed, self.connection, self.exchange)
 
     def do_models(self) -> None:
         """Answer with OpenAI's list of models, or one of it."""
@@ -4479,20 +4662,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_forward(self) -> None:
         """Ask the next target; hand the connection on which it will answer to the loop."""
         exchange = self.exchange
-        if exchange.placed is NOT_PLACED:
-            find = place_stored if exchange.route.action == "stored" else place
-            exchange.placed = find(exchange, self.fleet, time.monotonic())
-            session, model = exchange.placed.session, exchange.placed.model
-            exchange.record.update(session=session.digest, session_source=session.source)
-            exchange.record.update(model=model and model[:MAX_NAME_CHARS])
-            exchange.record.update(placement=exchange.placed.plan.reason or None)
+        if exchange.plan is NO_PLAN:
+            exchange.headers = exchange.head.headers.end_to_end()
+            (place_stored if exchange.route.action == "stored" else place)(exchange, self.fleet, time.monotonic())
+            exchange.record.update(
+                session=exchange.session.digest,
+                session_source=exchange.session.source,
+                model=exchange.model and exchange.model[:MAX_NAME_CHARS],
+                placement=exchange.plan.reason or None,
+            )
+        may_wait = not self.server.loop.is_this_thread()
         while not exchange.is_gone:
             target = self.next_target()
             if target is None:
                 self.give_up()
                 return
             try:
-                request = self.outbound_request(target)
+                request = self.outbound_request(target, may_wait)
                 upstream = request and exchange.state.transport.send(request)
             except UpstreamError as error:
                 self.fleet.closed(target)
@@ -4503,9 +4689,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.fleet.closed(target)
                 raise
             if upstream:
-                if exchange.placed.body and not self.server.loop.is_this_thread():
-                    exchange.forget_body()
-                self.server.loop.call(self.server.attach, self.connection, exchange, target, upstream)
+                if may_wait:
+                    exchange.digest()
+                self.hand(self.server.attach, self.connection, exchange, target, upstream)
             else:  # in the loop, where nothing may wait: the same again in a thread
                 exchange.asks_again = True
                 self.fleet.closed(target)
@@ -4516,14 +4702,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
-        exchange, placed = self.exchange, self.exchange.placed
+        exchange, targets = self.exchange, self.exchange.plan.targets
         target = exchange.target
         if not exchange.asks_again:
-            if exchange.tried == len(placed.plan.targets):
+            if exchange.tried == len(targets):
                 return None
             if exchange.tried and target:
                 exchange.left.append(target.provider.name)
-            target = placed.plan.targets[exchange.tried]
+            target = targets[exchange.tried]
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()
             exchange.record["attempts"] += 1
@@ -4537,38 +4723,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fleet.opened(target)
         return target
 
-    def outbound_request(self, target: Target) -> Optional[OutboundRequest]:
-        """Return what *target* is asked; None if its credential takes time, in the loop."""
-        exchange, placed, head = self.exchange, self.exchange.placed, self.exchange.head
-        may_wait = not self.server.loop.is_this_thread()
+    def outbound_request(self, target: Target, may_wait: bool) -> Optional[OutboundRequest]:
+        """Return what *target* is asked; None if its credential takes time, and nothing may wait for it."""
+        exchange, head = self.exchange, self.exchange.head
         credential = exchange.state.credentials.fields(target.provider, exchange.refused, may_wait)
         if credential is None:
             return None
         exchange.credential = credential
-        if placed.turn_owner is not None:
-            keep_turn_state = placed.turn_owner == target.place
+        if exchange.turn_owner is not None:
+            keep_turn_state = exchange.turn_owner == target.place
         else:  # of unknown origin: it can only be from here if there is nowhere else
-            keep_turn_state = len({t.provider.account_name() for t in placed.targets}) == 1
-        body: Union[bytes, bytearray, None] = exchange.body if head.method == "POST" else None
-        is_edited = placed.body is not None and placed.model != target.model
-        if placed.body and is_edited:
-            body = replace_model(placed.body, target.model)
+            keep_turn_state = len({one.provider.account_name() for one in exchange.targets}) == 1
+        is_edited = exchange.json is not None and exchange.model != target.model
         fields = outbound_fields(
-            placed.headers,
+            exchange.headers,
             target.provider,
-            placed.session,
-            placed.cache_key,
+            exchange.session,
+            exchange.cache_key,
             credential=credential,
             keep_turn_state=keep_turn_state,
             keep_encoding=not is_edited,
             key_fields=exchange.identity.fields,
         )
-        path, is_again = exchange.route.path + head.query, exchange.was_stale or bool(exchange.refused)
-        return OutboundRequest(target, path, head.method, fields, body, lambda: exchange.is_gone, is_again, may_wait)
+        body = exchange.body if head.method == "POST" else None
+        if exchange.json and is_edited:
+            body = replace_model(exchange.json, target.model)
+        return OutboundRequest(
+            target,
+            exchange.route.path + head.query,
+            head.method,
+            fields,
+            body,
+            is_gone=lambda: exchange.is_gone,
+            fresh=exchange.was_stale or bool(exchange.refused),
+            may_wait=may_wait,
+        )
 
     def give_up(self) -> None:
         """No target is left: wait if a 429 may pass, else answer as the last one did that answered at all."""
-        exchange, loop, held = self.exchange, self.server.loop, self.exchange.last_answer
+        exchange, held = self.exchange, self.exchange.last_answer
         if held is None:
             raise exchange.last_error
         if held.head.status == 429:
@@ -4577,9 +4770,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if exchange.waited_s + pause <= held.target.provider.wait_on_429_s:
                 exchange.waited_s += pause
                 exchange.tried = 0
-                loop.call(self.connection.await_turn, pause)
+                self.hand(self.connection.await_turn, pause)
                 return
-        loop.call(held.hand_on)
+        self.hand(held.hand_on)
 
 
 # ---------------------------------------------------------------------------
@@ -4787,6 +4980,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.body_bytes = 0
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
+        self._begun: List[Exchange] = []  # and no digests taken yet
         self._ended: List[Exchange] = []  # and not observed yet
         self._max_ended = 1 if shared.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._draining = False
@@ -4795,6 +4989,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class made one for itself
         self.socket = listener
+        state.transport.loop = self.loop
         self.loop.on_quiet = self._observe_ended
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
@@ -4802,7 +4997,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Run until a signal has drained the server."""
-        self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
+        self.loop.watch(self.socket, READ, self._accept)
         try:
             self.loop.run()
         finally:
@@ -4826,7 +5021,7 @@ class Server(http.server.ThreadingHTTPServer):
         turn: Any = (exchange, connection)
         is_encoded = exchange.head.headers.get("content-encoding")
         if len(exchange.body) <= SMALL_TURN_BYTES and not is_encoded:
-            self.process_request_thread(turn, connection.peer)
+            self.loop.take_turn(self.process_request_thread, turn, connection.peer)
         else:
             self.give_to_thread(turn)
 
@@ -4837,27 +5032,35 @@ class Server(http.server.ThreadingHTTPServer):
             error = ProxyError("overloaded", "the system has no thread left for this request")
             self.loop.call(turn[1].respond_error, error)
 
+    def digest_later(self, exchange: Exchange) -> None:
+        self._begun.append(exchange)
+        self._wait_for_quiet(self._begun)
+
     def done(self, exchange: Exchange) -> None:
         self._ended.append(exchange)
-        self.loop.patience_s = QUIET_S
-        if len(self._ended) == self._max_ended:
-            self.loop.call(self._observe_ended)
+        self._wait_for_quiet(self._ended)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
 
+    def _wait_for_quiet(self, waiting: List[Exchange]) -> None:
+        self.loop.patience_s = QUIET_S
+        if len(waiting) == self._max_ended:
+            self.loop.call(self._observe_ended)
+
     def _observe_ended(self) -> None:
         """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
-        ended, self._ended = self._ended, []
+        begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
         self.loop.patience_s = TICK_S
+        for exchange in begun:
+            exchange.digest()
         for exchange in ended:
             self.loop.guard(self._observe, exchange)
 
     def _observe(self, exchange: Exchange) -> None:
-        if exchange.placed.body:
-            exchange.forget_body()
+        exchange.digest()
         if exchange.usage:
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
@@ -4867,7 +5070,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""
-        record, session, target = exchange.record, exchange.placed.session.value, exchange.target
+        record, session, target = exchange.record, exchange.session.value, exchange.target
         usage.finish()
         record.update(usage.tokens)
         if usage.error:
@@ -4969,7 +5172,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.exchange is exchange:
             Answer(connection, exchange, target, upstream)
         else:
-            upstream.close()
+            self.loop.close(upstream.sock)
             self.fleet.closed(target)
 
     # -- clients ---------------------------------------------------------
@@ -4982,7 +5185,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.loop.watch(self.socket, 0, self._accept)
+                    self.loop.watch(self.socket, 0)
                     self._accept_again_at = self.loop.now + ACCEPT_PAUSE_S
                     self.log.event("error", f"cannot accept: {error.strerror}; paused for {ACCEPT_PAUSE_S} s")
                 return  # ECONNABORTED and the like: that client has left
@@ -5022,7 +5225,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pass_on_warnings()
         if now > self._accept_again_at and not self._draining:
             self._accept_again_at = math.inf
-            self.loop.watch(self.socket, selectors.EVENT_READ, self._accept)
+            self.loop.watch(self.socket, READ, self._accept)
         if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
             self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
@@ -5061,6 +5264,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log.event("error", f"configuration not reloaded: {error}")
             return
         self._pass_on_warnings()
+        state.transport.loop = self.loop
         old, self.state = self.state, state
         old.transport.close()
         self.log.event("warning", "configuration reloaded")
@@ -5069,7 +5273,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
         self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
-        self.loop.watch(self.socket, 0, self._accept)
+        self.loop.watch(self.socket, 0)
         self.socket.close()
         for client in list(self.clients):
             client.end_idle()
@@ -6012,9 +6216,7 @@ class Checkup:
         seconds = min(provider.timeout_s("connect_timeout_s", self._state.config.limits), self._until - began)
         target = dataclasses.replace(self.target, provider=dataclasses.replace(provider, connect_timeout_s=seconds))
         self._phase = "connect"
-        upstream = self._state.transport.send(
-            OutboundRequest(target, "/models", "GET", sent, None, lambda: False, fresh=True, may_wait=True)
-        )
+        upstream = self._state.transport.send(OutboundRequest(target, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         with contextlib.closing(upstream):
             attempt = Attempt(provider, self._until, lambda: False)
@@ -6275,6 +6477,9 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
     raise_descriptor_limit(state.config)
     threading.stack_size(STACK_BYTES)
+    # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
     # killed by one that it does not hold, and all of the process with it.
     hold_signals(True)

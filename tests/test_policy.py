@@ -1,5 +1,6 @@
 """Room 5: the rules for routes, keys, session values, headers in both directions, and the model's span."""
 
+import contextlib
 import hashlib
 import json
 import random
@@ -366,11 +367,20 @@ def provider(**settings: Any) -> plexus_lite.Provider:
     return plexus_lite.parse_config({"providers": {"up": entry}}).providers["up"]
 
 
+def cache_key(members: Mapping[str, Any]) -> Optional[str]:
+    """Return the prompt_cache_key of a body with *members*: the same however its characters are spelt."""
+    spellings = [json.dumps(members).encode()]
+    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair can only be escaped
+        spellings.append(json.dumps(members, ensure_ascii=False).encode())
+    (key,) = {plexus_lite.cache_key(plexus_lite.parse_json_body(raw)) for raw in spellings}
+    return key
+
+
 def outbound(inbound: Fields, members: Mapping[str, Any], settings: Mapping[str, Any], **options: Any) -> List[Any]:
     """Return what leaves for a request with the *inbound* fields and the body's *members*."""
     headers = plexus_lite.Headers(inbound).end_to_end()
-    session = plexus_lite.session_of(headers, members)
-    key = plexus_lite.cache_key(members)
+    key = cache_key(members)
+    session = plexus_lite.session_of(headers, key)
     up = provider(**settings)
     ours = plexus_lite.Credentials(plexus_lite.Config({"up": up}), "", ask_nobody).fields(up) or ()
     return plexus_lite.outbound_fields(headers, up, session, key, credential=ours, **options)
@@ -645,7 +655,7 @@ class SessionValue(unittest.TestCase):
     SOURCES += ["x-opencode-session", "x-grok-conv-id", "x-multi-turn-session-id"]
 
     def find(self, fields: Fields, members: Mapping[str, Any]) -> Tuple[Optional[str], Optional[str]]:
-        session = plexus_lite.session_of(plexus_lite.Headers(fields).end_to_end(), members)
+        session = plexus_lite.session_of(plexus_lite.Headers(fields).end_to_end(), cache_key(members))
         return session.value, session.source
 
     def test_the_first_that_is_present_and_not_empty_wins(self):
@@ -698,7 +708,7 @@ class Outbound(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(outbound(inbound, members, {}), leaves)
                 headers = plexus_lite.Headers(inbound).end_to_end()
-                self.assertEqual(plexus_lite.session_of(headers, members).source or "none", source)
+                self.assertEqual(plexus_lite.session_of(headers, cache_key(members)).source or "none", source)
 
     def test_session_pair_and_request_id_fall_back_each_on_its_own(self):
         one, key = {"session_id": ["S"], "session-id": ["S"]}, {"prompt_cache_key": "K"}
@@ -860,8 +870,8 @@ class AddedValues(unittest.TestCase):
                 by_body = outbound([], {"prompt_cache_key": text}, {})
                 pair = ("session_id", "session-id")
                 self.assertEqual(only(by_header, *pair), only(by_body, *pair))
-                header = plexus_lite.session_of(plexus_lite.Headers([("x-session-id", as_header(text))]), {})
-                body = plexus_lite.session_of(plexus_lite.Headers([]), {"prompt_cache_key": text})
+                header = plexus_lite.session_of(plexus_lite.Headers([("x-session-id", as_header(text))]), None)
+                body = plexus_lite.session_of(plexus_lite.Headers([]), cache_key({"prompt_cache_key": text}))
                 self.assertEqual((header.value, header.digest), (body.value, body.digest))
                 self.assertEqual(header.digest, sha256(text)[:12])
 

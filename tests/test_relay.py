@@ -66,6 +66,29 @@ class LoopTest(unittest.TestCase):
         loop.run()
         self.assertEqual(found, [ZeroDivisionError])
 
+    def test_turns_wait_for_what_is_ready(self):
+        loop = plexus_lite.Loop()
+        near, far = socket.socketpair()
+        for end in (loop._wake_read, loop._wake_write, near, far):
+            self.addCleanup(end.close)
+        near.setblocking(False)
+        order = []
+
+        def turn(number):
+            order.append(number)
+            far.send(b"x")  # so the next round has something ready
+            if number == 3:
+                loop.stop()
+
+        def ready(events):
+            order.append(near.recv(1).decode())
+
+        loop.watch(near, plexus_lite.READ, ready)
+        for number in (1, 2, 3):
+            loop.take_turn(turn, number)
+        loop.run()
+        self.assertEqual(order, [1, "x", 2, "x", 3])
+
 
 class Script:
     """A reply whose steps a generator yields: the code after a yield runs once those bytes are sent."""

@@ -338,6 +338,80 @@ class UnreachableTest(TransportTest):
                 self.assertEqual(client.read_answer().status, status)
 
 
+class KnownAddressTest(TransportTest):
+    """An address that answered is connected to in the loop, where nothing may wait."""
+
+    def setUp(self):
+        self.listener = socket.socket()
+        self.addCleanup(self.listener.close)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(0)
+        self.port = self.listener.getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> Proxy:
+        """Return a proxy that knows the address: it has had an answer from there."""
+        config = make_config(self.base_url, {"connect_timeout_s": 0.5})
+        proxy = enter(self.addCleanup, Proxy(config))
+        threading.Thread(target=self.serve_one).start()
+        self.assertEqual(post(proxy.port, "/v1/responses", BODY).status, 200)
+        return proxy
+
+    def serve_one(self) -> None:
+        sock, _ = self.listener.accept()
+        with sock:
+            sock.recv(65536)
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    def test_a_further_connection_waits_for_nothing(self):
+        config = plexus_lite.parse_config(make_config(self.base_url))
+        transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
+        request = plexus_lite.OutboundRequest(target, "/models", "GET", [], may_wait=False)
+        self.assertIsNone(transport.send(request), "the name would have to be resolved")
+        first = transport.send(plexus_lite.OutboundRequest(target, "/models", "GET", []))
+        self.addCleanup(first.close)
+        second = transport.send(request)
+        self.addCleanup(second.close)
+        self.assertEqual(second.sock.gettimeout(), 0)
+        with mock.patch.object(plexus_lite.time, "monotonic", lambda: time.perf_counter() + 10**6):
+            self.assertIsNone(transport.send(request), "after a minute the name is resolved again")
+
+    def test_one_that_refuses_by_now_is_told_as_ever(self):
+        proxy = self.start()
+        self.listener.close()
+        message = self.check_error(post(proxy.port, "/v1/responses", BODY), 502, "upstream_connection_error")
+        self.assertIn(f"no connection to 127.0.0.1:{self.port}: Connection refused", message)
+
+    def test_one_that_refuses_by_now_is_failed_over(self):
+        other = enter(self.addCleanup, FakeUpstream())
+        config = make_config(self.base_url)
+        config["providers"]["other"] = {"api_base_url": other.base_url, "models": ["m"]}
+        (name,) = (name for name in config["providers"] if name != "other")
+        targets = [{"provider": name, "model": "gpt-test"}, {"provider": "other", "model": "m", "group": 2}]
+        config["models"] = {"both": {"targets": targets}}
+        proxy = enter(self.addCleanup, Proxy(config))
+        threading.Thread(target=self.serve_one).start()
+        self.assertEqual(post(proxy.port, "/v1/responses", {"model": "both"}).status, 200)
+        self.listener.close()
+        self.assertEqual(post(proxy.port, "/v1/responses", {"model": "both"}).status, 200)
+        record = proxy.wait_for_record(lambda record: record["provider"] == "other")
+        self.assertEqual((record["attempts"], record["status"]), (2, 200))
+        self.assertEqual([request.json()["model"] for request in other.wait_for_requests(1)], ["m"])
+
+    def test_one_that_takes_no_connection_by_now_is_a_504_after_connect_timeout_s(self):
+        proxy = self.start()
+        for _ in range(3):  # its backlog is taken, so that a SYN gets no answer
+            filler = socket.socket()
+            self.addCleanup(filler.close)
+            filler.setblocking(False)
+            filler.connect_ex(self.listener.getsockname())
+        started = time.monotonic()
+        message = self.check_error(post(proxy.port, "/v1/responses", BODY), 504, "upstream_timeout")
+        self.assertIn("connect_timeout_s (0.5)", message)
+        self.assertTrue(0.4 < time.monotonic() - started < 4)
+
+
 class TlsTest(TransportTest):
     @classmethod
     def setUpClass(cls):

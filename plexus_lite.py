@@ -1628,6 +1628,9 @@ def render_json(value: Any) -> bytes:
 # ---------------------------------------------------------------------------
 
 
+Targets = Sequence[Target]
+
+
 class Snapshot(NamedTuple):
     """What a decision is made of, besides the targets: their load and health, and what is remembered."""
 
@@ -1663,14 +1666,14 @@ def rendezvous_score(key: str, target: Target) -> float:
     return -target.weight / math.log(unit)
 
 
-def load_limit(target: Target, group: Sequence[Target], open_requests: Mapping[str, int]) -> float:
+def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int]) -> float:
     """Return how many requests *target* may have open: 1.25 times its fair share of the group's, at least 4."""
     total = 1 + sum(open_requests.get(other.id, 0) for other in group)
     share = total * target.weight / sum(other.weight for other in group)
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
+def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
     """Return the order in which *targets* (at least one) are tried for the session *key*.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
@@ -1681,55 +1684,50 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
     if len(targets) == 1:
         return Plan(tuple(targets), "only", targets[0].id)
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
-    home = order[0]
-    owner = next((target for target in order if target.place == snapshot.owner), None)
-    pinned = next((target for target in order if target.id == snapshot.pin), None)
-    preferred = owner or pinned
+    home, cooling, load = order[0].id, snapshot.cooling, snapshot.open_requests
+    first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
     if bound:
-        account = (preferred or home).provider.account_name()
+        account = first.provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
-    # Stable: otherwise the order stays.
-    order.sort(key=lambda target: (target.id in snapshot.cooling, target is not preferred))
-    reason = "rendezvous" if preferred is not order[0] else "owner" if owner else "pin"
-    if reason == "rendezvous":
-        peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
-        roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
-        first = next(roomy, peers[0])
+    # Stable, as min is: otherwise the order stays.
+    order.sort(key=lambda target: (target.id in cooling, target is not first))
+    first = order[0]
+    reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
+    if reason == "rendezvous" and load.get(first.id, 0) >= LOAD_MINIMUM:  # below it there is always room
+        peers = [target for target in order if target.group == first.group and target.id not in cooling]
+        roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
+        first = next(roomy, first)
         if first is not order[0]:
             reason = "overflow"
-            order.remove(first)
-            order.insert(0, first)
-    return Plan(tuple(order), reason, home.id)
+            order.sort(key=lambda target: target is not first)
+    return Plan(tuple(order), reason, home)
 
 
-def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Target]) -> bool:
+def is_pinned(plan: Plan, served: Target, attempts: int, targets: Targets) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
     when the load has gone; not across accounts, since the next turn carries what only this account can read.
     """
-    home = next((target for target in targets if target.id == plan.home), served)
-    if served.id == home.id:
+    if served.id == plan.home:
         return False
-    moved_by_load = plan.reason == "overflow" and attempts == 1
-    return not moved_by_load or served.provider.account_name() != home.provider.account_name()
+    accounts = {target.provider.account_name() for target in targets if target.id in (served.id, plan.home)}
+    return plan.reason != "overflow" or attempts > 1 or len(accounts) > 1
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
     """Return how long a target rests after its *failures*-th failure in a row; what it asked for itself wins."""
-    if retry_after is not None:
-        return retry_after
-    return float(min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S))
+    doubled_s = min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S)
+    return doubled_s if retry_after is None else retry_after
 
 
 def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     """Return the seconds that retry-after-ms or Retry-After (seconds or an HTTP date) ask for; *now* is Unix time."""
-    milliseconds = headers.get("retry-after-ms") or ""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", milliseconds):
-        return float(milliseconds) / 1000
-    value = headers.get("retry-after") or ""
-    if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
+    value = ""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = headers.get(name) or ""
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value) / per_second
     date = unix_time(value)
     return None if date is None else max(0.0, date - now)
 
@@ -1767,10 +1765,8 @@ def is_bound(body: JsonBody) -> bool:
     encrypted_content may lie at any depth of the input.  An unescaped quote cannot stand inside a JSON string, so in
     text that has been parsed this search finds members only, and needs no second parse.
     """
-    if body.members.get("previous_response_id"):
-        return True
     start, end = body.spans.get("input", (0, 0))
-    return ENCRYPTED.search(body.raw, start, end) is not None
+    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
 class Remembered:
@@ -1784,26 +1780,22 @@ class Remembered:
     def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[str]:
         """Return what *key* stands for, and count that as use; None if unknown, or idle for more than *idle_s*."""
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is None or now - entry[1] > idle_s:
+            value, used_at = self._entries.pop(key, (None, now))
+            if value is None or now - used_at > idle_s:
                 return None
-            self._entries[key] = (entry[0], now)
-            return entry[0]
+            self._entries[key] = value, now
+            return value
 
     def put(self, key: str, value: str, now: float) -> None:
         with self._lock:
-            self._entries.pop(key, None)
-            self._entries[key] = (value, now)
-            while len(self._entries) > self._maximum:
+            self._entries[key] = value, now
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._maximum:
                 self._entries.popitem(last=False)
 
     def forget(self, key: str) -> None:
         with self._lock:
             self._entries.pop(key, None)
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._entries)
 
 
 class Fleet:
@@ -1814,36 +1806,33 @@ class Fleet:
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._lock = threading.Lock()  # protects the three below
-        self._open: Dict[str, int] = {}  # target id -> requests
+        self._open: Dict[str, int] = {}  # target id -> requests; without zeros: behind "*", clients name the models
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
-        self._cooldowns = dict(cooldowns)  # provider -> how often one of its targets began to cool
+        self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
     def snapshot(
-        self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
+        self, targets: Targets, now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
-        ids = [target.id for target in targets]
         with self._lock:
-            open_requests = {name: self._open.get(name, 0) for name in ids}
-            cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
+            open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
+            failing = [one.id for one in targets if one.id in self._failures]
+            cooling = frozenset(name for name in failing if self._failures[name][1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
     def plan(
         self,
-        targets: Sequence[Target],
+        targets: Targets,
         place: Place,
         now: float,
-        pin_idle_s: float,
-        *,
+        idle_s: float,
         owner: Optional[str] = None,
         bound: bool = False,
     ) -> Plan:
         """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
-        pin = self.pins.get(place.session, now, pin_idle_s)
+        pin = self.pins.get(place.session, now, idle_s)
         return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
 
-    def served(
-        self, targets: Sequence[Target], place: Place, plan: Plan, target: Target, attempts: int, now: float
-    ) -> None:
+    def served(self, targets: Targets, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts, targets):
             self.pins.put(place.session, target.id, now)
@@ -1866,14 +1855,15 @@ class Fleet:
             failures, until = self._failures.pop(target.id, (0, now))
             if until <= now:
                 failures += 1
-                self._cooldowns[target.provider.name] = self._cooldowns.get(target.provider.name, 0) + 1
-            self._failures[target.id] = (failures, max(until, now + cooldown_s(failures, retry_after)))
-            if len(self._failures) > MAX_REMEMBERED:  # behind "*", clients name the models
+                self._cooldowns[target.provider.name] += 1
+            self._failures[target.id] = failures, max(until, now + cooldown_s(failures, retry_after))
+            if len(self._failures) > MAX_REMEMBERED:  # of invented names
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
-        with self._lock:
-            self._failures.pop(target.id, None)
+        if self._failures:  # hardly ever: most requests need no lock here
+            with self._lock:
+                self._failures.pop(target.id, None)
 
     def resting(self, now: float) -> Dict[str, float]:
         """Return how many seconds each target that cools down still rests, by its id."""
@@ -2457,8 +2447,8 @@ def cost_of(price: Price, tokens: Mapping[str, float]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 8  Credentials -- Credentials, SignIn, WatchedFile, read_tokens: keys in files, Codex sign-ins.  Asks the issuer of
-#    tokens through a function of room 9.
+# 8  Credentials -- Credentials, SignIn, Tokens, WatchedFile: keys in files, Codex sign-ins.  Asks the issuer of tokens
+#    through a function of room 9.
 # ---------------------------------------------------------------------------
 
 FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
@@ -2467,6 +2457,7 @@ RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI h
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
 LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
 Warn = Callable[[str], None]
+Fields = Sequence[Field]
 AskIssuer = Callable[[Provider, bytes], Tuple[int, bytes]]  # sends a form; returns status and body of the answer
 
 
@@ -2477,12 +2468,12 @@ class WatchedFile:
         """*where* is its place in the configuration; *parse* makes a value of the content, or raises ValueError."""
         self.path = path
         self.value: Any = None  # of the last good content
-        self.problem: Optional[str] = None  # why the present content is not used
+        self.problem = ""  # why the present content is not used
         self._where, self._parse, self._warn = where, parse, warn
         self._lock = threading.Lock()  # one reader at a time
         self._look_at = -math.inf
         self._content: Optional[bytes] = None  # the last good one
-        self._mode = 0
+        self._said = ""  # what the last look found to warn of
         self.look()
 
     def get(self) -> Any:
@@ -2495,7 +2486,7 @@ class WatchedFile:
 
     def look(self) -> None:
         with self._lock:
-            problem = None
+            problem = warning = ""
             try:
                 mode = os.stat(self.path).st_mode
                 if not stat.S_ISREG(mode):  # to open a FIFO could take for ever
@@ -2506,72 +2497,68 @@ class WatchedFile:
                     raise ValueError(f"is larger than {SECRET_FILE_BYTES} bytes")
                 if content != self._content:
                     self.value, self._content = self._parse(content), content
-                if os.name == "posix" and mode & 0o077 and mode != self._mode:
-                    self._warn(f"{self._where}: others may use {self.path} (mode {mode & 0o777:04o}); chmod 600")
-                self._mode = mode
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
-            except ValueError as error:
-                problem = str(error)
-            if problem and problem != self.problem:
-                kept = "" if self.value is None else "; what it held before stays in use"
-                self._warn(f"{self._where}: {self.path}: {problem}{kept}")
-            self.problem = problem
+                if os.name == "posix" and mode & 0o077:
+                    warning = f"others may use {self.path} (mode {mode & 0o777:04o}); chmod 600"
+            except (OSError, ValueError) as error:
+                why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+                problem = warning = f"{self.path}: {why}"
+                warning += "" if self.value is None else "; what it held before stays in use"
+            if warning not in ("", self._said):
+                self._warn(f"{self._where}: {warning}")
+            self.problem, self._said = problem, warning
 
 
-def is_visible(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]+", value) is not None
+def visible(value: Any) -> str:
+    """Return *value* if it is a text that a header field can carry, else ""."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]+", value) else ""
 
 
 def read_secret(content: bytes) -> str:
     text = content.decode("latin-1").rstrip("\r\n")
-    if not is_visible(text):
+    if not visible(text):
         raise ValueError("must hold one line of visible ASCII characters" if text else "is empty")
     return text
 
 
-@dataclasses.dataclass(frozen=True, repr=False)  # a repr would show them
-class Tokens:
-    """What the auth.json of a Codex CLI holds."""
-
-    auth: Dict[str, Any]  # all of it, with the members that mean nothing here
-    fields: Tuple[Field, ...]  # what a request carries
-    refresh: str  # "" for none
-    expires: float  # Unix time; math.inf if the access token does not say
+def member(value: Any, *names: str) -> Any:
+    """Return what decoded JSON holds under *names*, one inside the other; None if it does not."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
-def read_tokens(auth: Any) -> Tokens:
-    """Return what the decoded auth.json holds; ValueError if there is no access token in it."""
-    found = auth.get("tokens") if isinstance(auth, dict) else None
-    tokens = {name: text for name, text in found.items() if is_visible(text)} if isinstance(found, dict) else {}
-    if "access_token" not in tokens:
-        raise ValueError("holds no access token; `codex login` writes one")
-    claims = [jwt_claims(tokens.get(name, "")) for name in ("access_token", "id_token")]
-    accounts = [one.get("https://api.openai.com/auth") for one in claims]
-    named = [tokens.get("account_id"), *(one.get("chatgpt_account_id") for one in accounts if isinstance(one, dict))]
-    fields = [("Authorization", "Bearer " + tokens["access_token"])]
-    fields += [("chatgpt-account-id", name) for name in named if is_visible(name)][:1]
-    expires: Any = claims[0].get("exp")
-    is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
-    return Tokens(auth, tuple(fields), tokens.get("refresh_token", ""), expires if is_time else math.inf)
-
-
-def read_sign_in(content: bytes) -> Tokens:
-    try:
-        auth = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid JSON: {error}") from None
-    return read_tokens(auth)
-
-
-def jwt_claims(token: str) -> Dict[str, Any]:
+def jwt_claims(token: str) -> Any:
     """Return the claims of a JSON Web Token (RFC 7519) as they stand: its issuer and the upstream verify it, not we."""
     try:
-        payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))  # too much padding does no harm
     except (IndexError, ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+        return None
+
+
+class Tokens:
+    """What the auth.json of a Codex CLI holds.  No tuple: its repr would show it."""
+
+    def __init__(self, content: bytes) -> None:
+        """Read *content*; ValueError if there is no access token in it."""
+        try:
+            tokens = member(json.loads(content), "tokens")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not valid JSON: {error}") from None
+        names = ("access_token", "id_token", "account_id", "refresh_token")
+        access, identity, account, refresh = (visible(member(tokens, name)) for name in names)
+        if not access:
+            raise ValueError("holds no access token; `codex login` writes one")
+        claims = jwt_claims(access)
+        for one in (claims, jwt_claims(identity)):
+            account = account or visible(member(one, "https://api.openai.com/auth", "chatgpt_account_id"))
+        expires = member(claims, "exp")
+        is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
+        self.content = content
+        # What a request carries.
+        self.fields = (("Authorization", "Bearer " + access), ("chatgpt-account-id", account))[: 2 if account else 1]
+        self.refresh = refresh  # "" for none, and once the issuer will not take it
+        self.expires = expires if is_time else math.inf  # Unix time
+        self.was_told = False  # that they have expired
 
 
 def open_private(name: str, flags: int) -> int:
@@ -2620,28 +2607,26 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 class SignIn(WatchedFile):
-    """The ChatGPT sign-in of a provider: the tokens in its auth_file, renewed here if oauth_refresh says so."""
+    """The ChatGPT sign-in of a provider: the tokens in its auth_file, renewed here if oauth_refresh says so.
+
+    New tokens that could not be written are its value, too: then its content is another than the file's.
+    """
 
     def __init__(self, provider: Provider, path: str, ask_issuer: AskIssuer, warn: Warn) -> None:
-        where = f"providers.{provider.name}.auth_file"
-        super().__init__(path, where, read_sign_in, warn)
-        self._provider = provider
-        self._ask_issuer = ask_issuer
+        super().__init__(path, f"providers.{provider.name}.auth_file", Tokens, warn)
+        self._provider, self._ask_issuer = provider, ask_issuer
         self._turn = threading.Lock()  # held by the thread that renews
         self._pause_until = -math.inf
-        self._unsaved: Optional[Tokens] = None  # new ones that could not be written
-        self._spent = ""  # a refresh token that the issuer will not take again
-        self._expired: Optional[Tokens] = None  # those that were warned of
 
-    def fields(self, refused: Sequence[Field], may_wait: bool) -> Optional[Sequence[Field]]:
+    def fields(self, refused: Fields, may_wait: bool) -> Optional[Fields]:
         """As those of Credentials.  UpstreamError if there never was a token."""
         tokens: Optional[Tokens] = self.get()
         if tokens is None:
             raise UpstreamError(f"{self._provider.name} is not signed in; run `codex login` where this proxy runs")
         left = tokens.expires - time.time()
         must = tokens.fields == refused or left <= 0
-        is_due = (must or left < RENEW_EARLY_S) and tokens.refresh != self._spent
-        if self._provider.oauth_refresh and (is_due or tokens is self._unsaved):
+        is_due = (must or left < RENEW_EARLY_S) and tokens.refresh != ""
+        if self._provider.oauth_refresh and (is_due or tokens.content != self._content):
             if not may_wait:
                 return None
             # As long as the old token works, nobody waits for the thread that renews it.
@@ -2650,8 +2635,8 @@ class SignIn(WatchedFile):
                     self._renew(tokens, is_due)
                 finally:
                     self._turn.release()
-        elif left <= 0 and tokens is not self._expired:
-            self._expired = tokens
+        elif left <= 0 and not tokens.was_told:
+            tokens.was_told = True
             remedy = "`codex login`" if self._provider.oauth_refresh else "codex, which renews it, or set oauth_refresh"
             self._warn(f"{self._where}: the access token has expired; run {remedy}")
         return self.value.fields  # type: ignore[no-any-return]
@@ -2665,16 +2650,17 @@ class SignIn(WatchedFile):
             with lock_file(path + ".lock"):
                 self.look()
                 if self.problem:  # gone, say, after `codex logout`
-                    raise ValueError(f"{self.path}: {self.problem}")
+                    raise ValueError(self.problem)
                 if is_due and self.value.fields == stale.fields:
                     # First: where nothing can be written, another process would spend the same token once more.
-                    replace_file(path, self._content or b"")
-                    self.value = self._unsaved = self._spend(self.value)
-                if self._unsaved and self.value is self._unsaved:
-                    replace_file(path, json.dumps(self._unsaved.auth, indent=2).encode("ascii"))
-                self._unsaved = None
+                    replace_file(path, self.value.content)
+                    self.value = self._spend(self.value)
+                if self.value.content != self._content:
+                    replace_file(path, self.value.content)
+                    self.look()
         except (OSError, ValueError, RecursionError, ProxyError) as error:
-            what = "the new tokens are not in the file yet" if self._unsaved else "the tokens were not renewed"
+            is_new = self.value.content != self._content
+            what = "the new tokens are not in the file yet" if is_new else "the tokens were not renewed"
             self._warn(f"{self._where}: {what}: {error}")
         self._pause_until = time.monotonic() + RENEW_PAUSE_S
 
@@ -2684,14 +2670,15 @@ class SignIn(WatchedFile):
         form = {"grant_type": "refresh_token", "refresh_token": tokens.refresh, "client_id": client_id}
         status, content = self._ask_issuer(self._provider, urllib.parse.urlencode(form).encode("ascii"))
         if status in (400, 401, 403):
-            self._spent = tokens.refresh
+            tokens.refresh = ""
         answer = json.loads(content) if status == 200 else None
-        if not isinstance(answer, dict) or not is_visible(answer.get("access_token")):
+        new = {name: visible(member(answer, name)) for name in ("access_token", "id_token", "refresh_token")}
+        if not new["access_token"]:
             raise ValueError(f"{url} answered {status} without a token; `codex login` begins anew")
-        names = ("access_token", "id_token", "refresh_token")
-        new = {name: answer[name] for name in names if is_visible(answer.get(name))}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return read_tokens({**tokens.auth, "tokens": {**tokens.auth["tokens"], **new}, "last_refresh": now})
+        auth = json.loads(tokens.content)
+        auth["tokens"].update((name, token) for name, token in new.items() if token)
+        auth["last_refresh"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return Tokens(json.dumps(auth, indent=2).encode("ascii"))
 
 
 class Credentials:
@@ -2701,46 +2688,45 @@ class Credentials:
         """Read the files, relative paths from *folder*; ConfigError names a secret that cannot be used."""
         self._warnings: Deque[str] = collections.deque()
         self._folder = folder
-        self._configured = config.keys
-        keys = ((name, key.secret) for name, key in config.keys.items() if key.secret.startswith("file:"))
-        self._key_files = {name: self._open(f"keys.{name}.secret", secret) for name, secret in keys}
-        self.keys = self._found = self._read_keys()  # the clients'
+        self._key_files = {name: self._open(f"keys.{name}.secret", key.secret) for name, key in config.keys.items()}
+        self.keys = config.keys  # the clients'
+        self.keys = self._found = self._read_keys()
         check_secrets(self.keys)
-        # With the forward proxies that stand in files, which are read only here: connections are made with them.
-        self.providers = {name: self._with_proxy(provider) for name, provider in config.providers.items()}
-        self._sources: Dict[str, WatchedFile] = {}  # by provider
+        self.providers = dict(config.providers)
+        self._sources: Dict[str, Optional[WatchedFile]] = {}  # by provider
         for name, provider in config.providers.items():
-            if provider.enabled and provider.auth == "oauth":
-                home = os.environ.get("CODEX_HOME") or os.path.join("~", ".codex")
-                path = self._path(provider.auth_file or os.path.join(home, "auth.json"))
-                self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
-            elif provider.enabled and provider.api_key and provider.api_key.startswith("file:"):
-                self._sources[name] = self._open(f"providers.{name}.api_key", provider.api_key)
+            if provider.enabled:
+                where = f"providers.{name}."
+                proxy = self._open(where + "proxy", provider.proxy)
+                if proxy:  # read only here: connections are made with it
+                    url = a_proxy_url(proxy.value, f"{where}proxy: {proxy.path}")
+                    self.providers[name] = dataclasses.replace(provider, proxy=url)
+                self._sources[name] = self._open(where + "api_key", provider.api_key)
+                if provider.auth == "oauth":
+                    default = os.path.join(os.environ.get("CODEX_HOME") or "~/.codex", "auth.json")
+                    path = self._path(provider.auth_file or default)
+                    self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
 
     def _path(self, path: str) -> str:
         return os.path.join(self._folder, os.path.expanduser(path))
 
-    def _open(self, where: str, secret: str) -> WatchedFile:
+    def _open(self, where: str, secret: Any) -> Optional[WatchedFile]:
+        """Return the file that *secret*, at *where* in the configuration, names; None if it names none."""
+        if not isinstance(secret, str) or not secret.startswith("file:"):
+            return None
         file = WatchedFile(self._path(secret[len("file:") :]), where, read_secret, self._warnings.append)
         if file.problem:
-            raise ConfigError(where, f"{file.path}: {file.problem}")
+            raise ConfigError(where, file.problem)
         return file
-
-    def _with_proxy(self, provider: Provider) -> Provider:
-        if not provider.enabled or not isinstance(provider.proxy, str) or provider.proxy == "env":
-            return provider
-        where = f"providers.{provider.name}.proxy"
-        file = self._open(where, provider.proxy)
-        return dataclasses.replace(provider, proxy=a_proxy_url(file.value, f"{where}: {file.path}"))
 
     def _read_keys(self) -> Mapping[str, Key]:
         files = self._key_files.items()
-        read = {name: dataclasses.replace(self._configured[name], secret=file.get()) for name, file in files}
-        return {**self._configured, **read}
+        read = {name: dataclasses.replace(self.keys[name], secret=file.get()) for name, file in files if file}
+        return {**self.keys, **read}
 
     def look_again(self) -> List[str]:
         """Bring the clients' keys up to date; return what there is to warn of since the last call."""
-        found = self._read_keys() if self._key_files else self._found
+        found = self._read_keys()
         if found != self._found:
             self._found = found
             try:
@@ -2755,9 +2741,7 @@ class Credentials:
         source = self._sources.get(provider.name)
         return source.value.expires if isinstance(source, SignIn) and source.value else math.inf
 
-    def fields(
-        self, provider: Provider, refused: Sequence[Field] = (), may_wait: bool = True
-    ) -> Optional[Sequence[Field]]:
+    def fields(self, provider: Provider, refused: Fields = (), may_wait: bool = True) -> Optional[Fields]:
         """Return what stands for us at *provider*; *refused* came back with a 401.
 
         None if that takes longer than the caller may wait.  UpstreamError if nothing stands for us there.

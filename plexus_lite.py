@@ -1627,6 +1627,9 @@ def render_json(value: Any) -> bytes:
 # ---------------------------------------------------------------------------
 
 
+Targets = Sequence[Target]
+
+
 class Snapshot(NamedTuple):
     """What a decision is made of, besides the targets: their load and health, and what is remembered."""
 
@@ -1662,14 +1665,14 @@ def rendezvous_score(key: str, target: Target) -> float:
     return -target.weight / math.log(unit)
 
 
-def load_limit(target: Target, group: Sequence[Target], open_requests: Mapping[str, int]) -> float:
+def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int]) -> float:
     """Return how many requests *target* may have open: 1.25 times its fair share of the group's, at least 4."""
     total = 1 + sum(open_requests.get(other.id, 0) for other in group)
     share = total * target.weight / sum(other.weight for other in group)
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
+def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
     """Return the order in which *targets* (at least one) are tried for the session *key*.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
@@ -1680,55 +1683,50 @@ def plan_targets(targets: Sequence[Target], key: str, snapshot: Snapshot, *, bou
     if len(targets) == 1:
         return Plan(tuple(targets), "only", targets[0].id)
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
-    home = order[0]
-    owner = next((target for target in order if target.place == snapshot.owner), None)
-    pinned = next((target for target in order if target.id == snapshot.pin), None)
-    preferred = owner or pinned
+    home, cooling, load = order[0].id, snapshot.cooling, snapshot.open_requests
+    first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
     if bound:
-        account = (preferred or home).provider.account_name()
+        account = first.provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
-    # Stable: otherwise the order stays.
-    order.sort(key=lambda target: (target.id in snapshot.cooling, target is not preferred))
-    reason = "rendezvous" if preferred is not order[0] else "owner" if owner else "pin"
-    if reason == "rendezvous":
-        peers = [t for t in order if t.group == order[0].group and t.id not in snapshot.cooling] or order[:1]
-        roomy = (t for t in peers if snapshot.open_requests.get(t.id, 0) < load_limit(t, peers, snapshot.open_requests))
-        first = next(roomy, peers[0])
+    # Stable, as min is: otherwise the order stays.
+    order.sort(key=lambda target: (target.id in cooling, target is not first))
+    first = order[0]
+    reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
+    if reason == "rendezvous" and load.get(first.id, 0) >= LOAD_MINIMUM:  # below it there is always room
+        peers = [target for target in order if target.group == first.group and target.id not in cooling]
+        roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
+        first = next(roomy, first)
         if first is not order[0]:
             reason = "overflow"
-            order.remove(first)
-            order.insert(0, first)
-    return Plan(tuple(order), reason, home.id)
+            order.sort(key=lambda target: target is not first)
+    return Plan(tuple(order), reason, home)
 
 
-def is_pinned(plan: Plan, served: Target, attempts: int, targets: Sequence[Target]) -> bool:
+def is_pinned(plan: Plan, served: Target, attempts: int, targets: Targets) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
     when the load has gone; not across accounts, since the next turn carries what only this account can read.
     """
-    home = next((target for target in targets if target.id == plan.home), served)
-    if served.id == home.id:
+    if served.id == plan.home:
         return False
-    moved_by_load = plan.reason == "overflow" and attempts == 1
-    return not moved_by_load or served.provider.account_name() != home.provider.account_name()
+    accounts = {target.provider.account_name() for target in targets if target.id in (served.id, plan.home)}
+    return plan.reason != "overflow" or attempts > 1 or len(accounts) > 1
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
     """Return how long a target rests after its *failures*-th failure in a row; what it asked for itself wins."""
-    if retry_after is not None:
-        return retry_after
-    return float(min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S))
+    doubled_s = min(COOLDOWN_FIRST_S * 2 ** min(failures - 1, 30), COOLDOWN_MAX_S)
+    return doubled_s if retry_after is None else retry_after
 
 
 def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     """Return the seconds that retry-after-ms or Retry-After (seconds or an HTTP date) ask for; *now* is Unix time."""
-    milliseconds = headers.get("retry-after-ms") or ""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", milliseconds):
-        return float(milliseconds) / 1000
-    value = headers.get("retry-after") or ""
-    if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
+    value = ""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = headers.get(name) or ""
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value) / per_second
     date = unix_time(value)
     return None if date is None else max(0.0, date - now)
 
@@ -1766,10 +1764,8 @@ def is_bound(body: JsonBody) -> bool:
     encrypted_content may lie at any depth of the input.  An unescaped quote cannot stand inside a JSON string, so in
     text that has been parsed this search finds members only, and needs no second parse.
     """
-    if body.members.get("previous_response_id"):
-        return True
     start, end = body.spans.get("input", (0, 0))
-    return ENCRYPTED.search(body.raw, start, end) is not None
+    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
 class Remembered:
@@ -1783,26 +1779,22 @@ class Remembered:
     def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[str]:
         """Return what *key* stands for, and count that as use; None if unknown, or idle for more than *idle_s*."""
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is None or now - entry[1] > idle_s:
+            value, used_at = self._entries.pop(key, (None, now))
+            if value is None or now - used_at > idle_s:
                 return None
-            self._entries[key] = (entry[0], now)
-            return entry[0]
+            self._entries[key] = value, now
+            return value
 
     def put(self, key: str, value: str, now: float) -> None:
         with self._lock:
-            self._entries.pop(key, None)
-            self._entries[key] = (value, now)
-            while len(self._entries) > self._maximum:
+            self._entries[key] = value, now
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._maximum:
                 self._entries.popitem(last=False)
 
     def forget(self, key: str) -> None:
         with self._lock:
             self._entries.pop(key, None)
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._entries)
 
 
 class Fleet:
@@ -1813,36 +1805,33 @@ class Fleet:
         self.pins = Remembered()  # session -> target id
         self.owners = Remembered()  # response id or turn state, as digest -> place of a target
         self._lock = threading.Lock()  # protects the three below
-        self._open: Dict[str, int] = {}  # target id -> requests
+        self._open: Dict[str, int] = {}  # target id -> requests; without zeros: behind "*", clients name the models
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
-        self._cooldowns = dict(cooldowns)  # provider -> how often one of its targets began to cool
+        self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
     def snapshot(
-        self, targets: Sequence[Target], now: float, owner: Optional[str] = None, pin: Optional[str] = None
+        self, targets: Targets, now: float, owner: Optional[str] = None, pin: Optional[str] = None
     ) -> Snapshot:
-        ids = [target.id for target in targets]
         with self._lock:
-            open_requests = {name: self._open.get(name, 0) for name in ids}
-            cooling = frozenset(name for name in ids if self._failures.get(name, (0, now))[1] > now)
+            open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
+            failing = [one.id for one in targets if one.id in self._failures]
+            cooling = frozenset(name for name in failing if self._failures[name][1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
     def plan(
         self,
-        targets: Sequence[Target],
+        targets: Targets,
         place: Place,
         now: float,
-        pin_idle_s: float,
-        *,
+        idle_s: float,
         owner: Optional[str] = None,
         bound: bool = False,
     ) -> Plan:
         """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
-        pin = self.pins.get(place.session, now, pin_idle_s)
+        pin = self.pins.get(place.session, now, idle_s)
         return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
 
-    def served(
-        self, targets: Sequence[Target], place: Place, plan: Plan, target: Target, attempts: int, now: float
-    ) -> None:
+    def served(self, targets: Targets, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts, targets):
             self.pins.put(place.session, target.id, now)
@@ -1865,14 +1854,15 @@ class Fleet:
             failures, until = self._failures.pop(target.id, (0, now))
             if until <= now:
                 failures += 1
-                self._cooldowns[target.provider.name] = self._cooldowns.get(target.provider.name, 0) + 1
-            self._failures[target.id] = (failures, max(until, now + cooldown_s(failures, retry_after)))
-            if len(self._failures) > MAX_REMEMBERED:  # behind "*", clients name the models
+                self._cooldowns[target.provider.name] += 1
+            self._failures[target.id] = failures, max(until, now + cooldown_s(failures, retry_after))
+            if len(self._failures) > MAX_REMEMBERED:  # of invented names
                 del self._failures[next(iter(self._failures))]
 
     def succeeded(self, target: Target) -> None:
-        with self._lock:
-            self._failures.pop(target.id, None)
+        if self._failures:  # hardly ever: most requests need no lock here
+            with self._lock:
+                self._failures.pop(target.id, None)
 
     def resting(self, now: float) -> Dict[str, float]:
         """Return how many seconds each target that cools down still rests, by its id."""
@@ -2456,8 +2446,8 @@ def cost_of(price: Price, tokens: Mapping[str, float]) -> Tuple[float, float]:
 # ---------------------------------------------------------------------------
 
 # ---------------------------------------------------------------------------
-# 8  Credentials -- Credentials, SignIn, WatchedFile, read_tokens: keys in files, Codex sign-ins.  Asks the issuer of
-#    tokens through a function of room 9.
+# 8  Credentials -- Credentials, SignIn, Tokens, WatchedFile: keys in files, Codex sign-ins.  Asks the issuer of tokens
+#    through a function of room 9.
 # ---------------------------------------------------------------------------
 
 FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
@@ -2466,6 +2456,7 @@ RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI h
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
 LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
 Warn = Callable[[str], None]
+Fields = Sequence[Field]
 AskIssuer = Callable[[Provider, bytes], Tuple[int, bytes]]  # sends a form; returns status and body of the answer
 
 
@@ -2476,12 +2467,12 @@ class WatchedFile:
         """*where* is its place in the configuration; *parse* makes a value of the content, or raises ValueError."""
         self.path = path
         self.value: Any = None  # of the last good content
-        self.problem: Optional[str] = None  # why the present content is not used
+        self.problem = ""  # why the present content is not used
         self._where, self._parse, self._warn = where, parse, warn
         self._lock = threading.Lock()  # one reader at a time
         self._look_at = -math.inf
         self._content: Optional[bytes] = None  # the last good one
-        self._mode = 0
+        self._said = ""  # what the last look found to warn of
         self.look()
 
     def get(self) -> Any:
@@ -2494,7 +2485,7 @@ class WatchedFile:
 
     def look(self) -> None:
         with self._lock:
-            problem = None
+            problem = warning = ""
             try:
                 mode = os.stat(self.path).st_mode
                 if not stat.S_ISREG(mode):  # to open a FIFO could take for ever
@@ -2505,72 +2496,68 @@ class WatchedFile:
                     raise ValueError(f"is larger than {SECRET_FILE_BYTES} bytes")
                 if content != self._content:
                     self.value, self._content = self._parse(content), content
-                if os.name == "posix" and mode & 0o077 and mode != self._mode:
-                    self._warn(f"{self._where}: others may use {self.path} (mode {mode & 0o777:04o}); chmod 600")
-                self._mode = mode
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
-            except ValueError as error:
-                problem = str(error)
-            if problem and problem != self.problem:
-                kept = "" if self.value is None else "; what it held before stays in use"
-                self._warn(f"{self._where}: {self.path}: {problem}{kept}")
-            self.problem = problem
+                if os.name == "posix" and mode & 0o077:
+                    warning = f"others may use {self.path} (mode {mode & 0o777:04o}); chmod 600"
+            except (OSError, ValueError) as error:
+                why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+                problem = warning = f"{self.path}: {why}"
+                warning += "" if self.value is None else "; what it held before stays in use"
+            if warning not in ("", self._said):
+                self._warn(f"{self._where}: {warning}")
+            self.problem, self._said = problem, warning
 
 
-def is_visible(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]+", value) is not None
+def visible(value: Any) -> str:
+    """Return *value* if it is a text that a header field can carry, else ""."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\x21-\x7e]+", value) else ""
 
 
 def read_secret(content: bytes) -> str:
     text = content.decode("latin-1").rstrip("\r\n")
-    if not is_visible(text):
+    if not visible(text):
         raise ValueError("must hold one line of visible ASCII characters" if text else "is empty")
     return text
 
 
-@dataclasses.dataclass(frozen=True, repr=False)  # a repr would show them
-class Tokens:
-    """What the auth.json of a Codex CLI holds."""
-
-    auth: Dict[str, Any]  # all of it, with the members that mean nothing here
-    fields: Tuple[Field, ...]  # what a request carries
-    refresh: str  # "" for none
-    expires: float  # Unix time; math.inf if the access token does not say
+def member(value: Any, *names: str) -> Any:
+    """Return what decoded JSON holds under *names*, one inside the other; None if it does not."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
-def read_tokens(auth: Any) -> Tokens:
-    """Return what the decoded auth.json holds; ValueError if there is no access token in it."""
-    found = auth.get("tokens") if isinstance(auth, dict) else None
-    tokens = {name: text for name, text in found.items() if is_visible(text)} if isinstance(found, dict) else {}
-    if "access_token" not in tokens:
-        raise ValueError("holds no access token; `codex login` writes one")
-    claims = [jwt_claims(tokens.get(name, "")) for name in ("access_token", "id_token")]
-    accounts = [one.get("https://api.openai.com/auth") for one in claims]
-    named = [tokens.get("account_id"), *(one.get("chatgpt_account_id") for one in accounts if isinstance(one, dict))]
-    fields = [("Authorization", "Bearer " + tokens["access_token"])]
-    fields += [("chatgpt-account-id", name) for name in named if is_visible(name)][:1]
-    expires: Any = claims[0].get("exp")
-    is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
-    return Tokens(auth, tuple(fields), tokens.get("refresh_token", ""), expires if is_time else math.inf)
-
-
-def read_sign_in(content: bytes) -> Tokens:
-    try:
-        auth = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid JSON: {error}") from None
-    return read_tokens(auth)
-
-
-def jwt_claims(token: str) -> Dict[str, Any]:
+def jwt_claims(token: str) -> Any:
     """Return the claims of a JSON Web Token (RFC 7519) as they stand: its issuer and the upstream verify it, not we."""
     try:
-        payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))  # too much padding does no harm
     except (IndexError, ValueError, RecursionError):
-        return {}
-    return claims if isinstance(claims, dict) else {}
+        return None
+
+
+class Tokens:
+    """What the auth.json of a Codex CLI holds.  No tuple: its repr would show it."""
+
+    def __init__(self, content: bytes) -> None:
+        """Read *content*; ValueError if there is no access token in it."""
+        try:
+            tokens = member(json.loads(content), "tokens")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not valid JSON: {error}") from None
+        names = ("access_token", "id_token", "account_id", "refresh_token")
+        access, identity, account, refresh = (visible(member(tokens, name)) for name in names)
+        if not access:
+            raise ValueError("holds no access token; `codex login` writes one")
+        claims = jwt_claims(access)
+        for one in (claims, jwt_claims(identity)):
+            account = account or visible(member(one, "https://api.openai.com/auth", "chatgpt_account_id"))
+        expires = member(claims, "exp")
+        is_time = isinstance(expires, (int, float)) and 0 < expires < 2**40
+        self.content = content
+        # What a request carries.
+        self.fields = (("Authorization", "Bearer " + access), ("chatgpt-account-id", account))[: 2 if account else 1]
+        self.refresh = refresh  # "" for none, and once the issuer will not take it
+        self.expires = expires if is_time else math.inf  # Unix time
+        self.was_told = False  # that they have expired
 
 
 def open_private(name: str, flags: int) -> int:
@@ -2619,28 +2606,26 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 class SignIn(WatchedFile):
-    """The ChatGPT sign-in of a provider: the tokens in its auth_file, renewed here if oauth_refresh says so."""
+    """The ChatGPT sign-in of a provider: the tokens in its auth_file, renewed here if oauth_refresh says so.
+
+    New tokens that could not be written are its value, too: then its content is another than the file's.
+    """
 
     def __init__(self, provider: Provider, path: str, ask_issuer: AskIssuer, warn: Warn) -> None:
-        where = f"providers.{provider.name}.auth_file"
-        super().__init__(path, where, read_sign_in, warn)
-        self._provider = provider
-        self._ask_issuer = ask_issuer
+        super().__init__(path, f"providers.{provider.name}.auth_file", Tokens, warn)
+        self._provider, self._ask_issuer = provider, ask_issuer
         self._turn = threading.Lock()  # held by the thread that renews
         self._pause_until = -math.inf
-        self._unsaved: Optional[Tokens] = None  # new ones that could not be written
-        self._spent = ""  # a refresh token that the issuer will not take again
-        self._expired: Optional[Tokens] = None  # those that were warned of
 
-    def fields(self, refused: Sequence[Field], may_wait: bool) -> Optional[Sequence[Field]]:
+    def fields(self, refused: Fields, may_wait: bool) -> Optional[Fields]:
         """As those of Credentials.  UpstreamError if there never was a token."""
         tokens: Optional[Tokens] = self.get()
         if tokens is None:
             raise UpstreamError(f"{self._provider.name} is not signed in; run `codex login` where this proxy runs")
         left = tokens.expires - time.time()
         must = tokens.fields == refused or left <= 0
-        is_due = (must or left < RENEW_EARLY_S) and tokens.refresh != self._spent
-        if self._provider.oauth_refresh and (is_due or tokens is self._unsaved):
+        is_due = (must or left < RENEW_EARLY_S) and tokens.refresh != ""
+        if self._provider.oauth_refresh and (is_due or tokens.content != self._content):
             if not may_wait:
                 return None
             # As long as the old token works, nobody waits for the thread that renews it.
@@ -2649,8 +2634,8 @@ class SignIn(WatchedFile):
                     self._renew(tokens, is_due)
                 finally:
                     self._turn.release()
-        elif left <= 0 and tokens is not self._expired:
-            self._expired = tokens
+        elif left <= 0 and not tokens.was_told:
+            tokens.was_told = True
             remedy = "`codex login`" if self._provider.oauth_refresh else "codex, which renews it, or set oauth_refresh"
             self._warn(f"{self._where}: the access token has expired; run {remedy}")
         return self.value.fields  # type: ignore[no-any-return]
@@ -2664,16 +2649,17 @@ class SignIn(WatchedFile):
             with lock_file(path + ".lock"):
                 self.look()
                 if self.problem:  # gone, say, after `codex logout`
-                    raise ValueError(f"{self.path}: {self.problem}")
+                    raise ValueError(self.problem)
                 if is_due and self.value.fields == stale.fields:
                     # First: where nothing can be written, another process would spend the same token once more.
-                    replace_file(path, self._content or b"")
-                    self.value = self._unsaved = self._spend(self.value)
-                if self._unsaved and self.value is self._unsaved:
-                    replace_file(path, json.dumps(self._unsaved.auth, indent=2).encode("ascii"))
-                self._unsaved = None
+                    replace_file(path, self.value.content)
+                    self.value = self._spend(self.value)
+                if self.value.content != self._content:
+                    replace_file(path, self.value.content)
+                    self.look()
         except (OSError, ValueError, RecursionError, ProxyError) as error:
-            what = "the new tokens are not in the file yet" if self._unsaved else "the tokens were not renewed"
+            is_new = self.value.content != self._content
+            what = "the new tokens are not in the file yet" if is_new else "the tokens were not renewed"
             self._warn(f"{self._where}: {what}: {error}")
         self._pause_until = time.monotonic() + RENEW_PAUSE_S
 
@@ -2683,14 +2669,15 @@ class SignIn(WatchedFile):
         form = {"grant_type": "refresh_token", "refresh_token": tokens.refresh, "client_id": client_id}
         status, content = self._ask_issuer(self._provider, urllib.parse.urlencode(form).encode("ascii"))
         if status in (400, 401, 403):
-            self._spent = tokens.refresh
+            tokens.refresh = ""
         answer = json.loads(content) if status == 200 else None
-        if not isinstance(answer, dict) or not is_visible(answer.get("access_token")):
+        new = {name: visible(member(answer, name)) for name in ("access_token", "id_token", "refresh_token")}
+        if not new["access_token"]:
             raise ValueError(f"{url} answered {status} without a token; `codex login` begins anew")
-        names = ("access_token", "id_token", "refresh_token")
-        new = {name: answer[name] for name in names if is_visible(answer.get(name))}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return read_tokens({**tokens.auth, "tokens": {**tokens.auth["tokens"], **new}, "last_refresh": now})
+        auth = json.loads(tokens.content)
+        auth["tokens"].update((name, token) for name, token in new.items() if token)
+        auth["last_refresh"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return Tokens(json.dumps(auth, indent=2).encode("ascii"))
 
 
 class Credentials:
@@ -2700,46 +2687,45 @@ class Credentials:
         """Read the files, relative paths from *folder*; ConfigError names a secret that cannot be used."""
         self._warnings: Deque[str] = collections.deque()
         self._folder = folder
-        self._configured = config.keys
-        keys = ((name, key.secret) for name, key in config.keys.items() if key.secret.startswith("file:"))
-        self._key_files = {name: self._open(f"keys.{name}.secret", secret) for name, secret in keys}
-        self.keys = self._found = self._read_keys()  # the clients'
+        self._key_files = {name: self._open(f"keys.{name}.secret", key.secret) for name, key in config.keys.items()}
+        self.keys = config.keys  # the clients'
+        self.keys = self._found = self._read_keys()
         check_secrets(self.keys)
-        # With the forward proxies that stand in files, which are read only here: connections are made with them.
-        self.providers = {name: self._with_proxy(provider) for name, provider in config.providers.items()}
-        self._sources: Dict[str, WatchedFile] = {}  # by provider
+        self.providers = dict(config.providers)
+        self._sources: Dict[str, Optional[WatchedFile]] = {}  # by provider
         for name, provider in config.providers.items():
-            if provider.enabled and provider.auth == "oauth":
-                home = os.environ.get("CODEX_HOME") or os.path.join("~", ".codex")
-                path = self._path(provider.auth_file or os.path.join(home, "auth.json"))
-                self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
-            elif provider.enabled and provider.api_key and provider.api_key.startswith("file:"):
-                self._sources[name] = self._open(f"providers.{name}.api_key", provider.api_key)
+            if provider.enabled:
+                where = f"providers.{name}."
+                proxy = self._open(where + "proxy", provider.proxy)
+                if proxy:  # read only here: connections are made with it
+                    url = a_proxy_url(proxy.value, f"{where}proxy: {proxy.path}")
+                    self.providers[name] = dataclasses.replace(provider, proxy=url)
+                self._sources[name] = self._open(where + "api_key", provider.api_key)
+                if provider.auth == "oauth":
+                    default = os.path.join(os.environ.get("CODEX_HOME") or "~/.codex", "auth.json")
+                    path = self._path(provider.auth_file or default)
+                    self._sources[name] = SignIn(provider, path, ask_issuer, self._warnings.append)
 
     def _path(self, path: str) -> str:
         return os.path.join(self._folder, os.path.expanduser(path))
 
-    def _open(self, where: str, secret: str) -> WatchedFile:
+    def _open(self, where: str, secret: Any) -> Optional[WatchedFile]:
+        """Return the file that *secret*, at *where* in the configuration, names; None if it names none."""
+        if not isinstance(secret, str) or not secret.startswith("file:"):
+            return None
         file = WatchedFile(self._path(secret[len("file:") :]), where, read_secret, self._warnings.append)
         if file.problem:
-            raise ConfigError(where, f"{file.path}: {file.problem}")
+            raise ConfigError(where, file.problem)
         return file
-
-    def _with_proxy(self, provider: Provider) -> Provider:
-        if not provider.enabled or not isinstance(provider.proxy, str) or provider.proxy == "env":
-            return provider
-        where = f"providers.{provider.name}.proxy"
-        file = self._open(where, provider.proxy)
-        return dataclasses.replace(provider, proxy=a_proxy_url(file.value, f"{where}: {file.path}"))
 
     def _read_keys(self) -> Mapping[str, Key]:
         files = self._key_files.items()
-        read = {name: dataclasses.replace(self._configured[name], secret=file.get()) for name, file in files}
-        return {**self._configured, **read}
+        read = {name: dataclasses.replace(self.keys[name], secret=file.get()) for name, file in files if file}
+        return {**self.keys, **read}
 
     def look_again(self) -> List[str]:
         """Bring the clients' keys up to date; return what there is to warn of since the last call."""
-        found = self._read_keys() if self._key_files else self._found
+        found = self._read_keys()
         if found != self._found:
             self._found = found
             try:
@@ -2754,9 +2740,7 @@ class Credentials:
         source = self._sources.get(provider.name)
         return source.value.expires if isinstance(source, SignIn) and source.value else math.inf
 
-    def fields(
-        self, provider: Provider, refused: Sequence[Field] = (), may_wait: bool = True
-    ) -> Optional[Sequence[Field]]:
+    def fields(self, provider: Provider, refused: Fields = (), may_wait: bool = True) -> Optional[Fields]:
         """Return what stands for us at *provider*; *refused* came back with a 401.
 
         None if that takes longer than the caller may wait.  UpstreamError if nothing stands for us there.
@@ -2810,24 +2794,29 @@ REFUSALS: Final = (
 )
 
 
+def do_nothing(*_: object) -> None:
+    """The default of a callback."""
+
+
 class Loop:
     """A selector, calls from other threads, and a tick.  run() returns after stop()."""
+
+    patience_s = TICK_S  # when nothing has happened for so long, it is quiet
+    _woken = _stopped = False
+    _thread = 0
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()  # protects _calls and _woken
         self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
-        self._woken = False
         self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
-        self._stopped = False
-        self._thread = 0
         self.now = time.monotonic()
-        self.patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-        self.on_quiet: Callable[[], None] = lambda: None
-        self.on_tick: Callable[[float], None] = lambda now: None
-        self.on_wake: Callable[[], None] = lambda: None
-        self.on_error: Callable[[Callable[..., None], Exception], None] = lambda function, error: None
+        # What its owner wants to be told: a round without work, time passed, a signal, a defect and where it was.
+        self.on_quiet: Callable[[], None] = do_nothing
+        self.on_tick: Callable[[float], None] = do_nothing
+        self.on_wake: Callable[[], None] = do_nothing
+        self.on_error: Callable[[Callable[..., None], Exception], None] = do_nothing
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -2948,17 +2937,15 @@ def receive(sock: socket.socket) -> Optional[bytes]:
 class UpstreamConnection:
     """A connection to an upstream with at most one request under way.  Owned by whoever holds it."""
 
-    __slots__ = ("connecting", "idle_since", "origin", "proxy", "reused", "sock", "unsent", "whole")
+    connecting = False  # SO_ERROR says how it ended, once the socket can be written to
+    reused = False
+    whole = True  # no part of the request was given up
+    idle_since = 0.0
 
     def __init__(self, sock: socket.socket, origin: Origin, proxy: Optional[ForwardProxy] = None) -> None:
-        self.sock = sock
-        self.origin = origin
-        self.proxy = proxy  # the one that reads our requests; behind a tunnel there is none
-        self.connecting = False  # SO_ERROR says how it ended, once the socket can be written to
-        self.reused = False
+        """*proxy* is the one that reads our requests; behind a tunnel there is none."""
+        self.sock, self.origin, self.proxy = sock, origin, proxy
         self.unsent: List[memoryview] = []  # of the request, the last part first
-        self.whole = True  # no part of the request was given up
-        self.idle_since = 0.0
 
     def send_some(self) -> None:
         """Send what the upstream takes now; what is left stays in unsent.
@@ -3038,16 +3025,15 @@ class Transport(urllib.request.BaseHandler):
         self._lock = threading.Lock()  # protects _idle and _is_closed
         self._idle: Dict[Origin, List[UpstreamConnection]] = collections.defaultdict(list)  # the last used last
         self._is_closed = False
-        self._addresses: Dict[Origin, Tuple[int, Any, float]] = {}  # family, address, good until; plain http only
+        # Plain http only: family, address, proxy, good until.
+        self._addresses: Dict[Origin, Tuple[int, Any, Optional[ForwardProxy], float]] = {}
         self._sessions: Dict[Origin, Optional[ssl.SSLSession]] = {}
         self._contexts: Dict[str, ssl.SSLContext] = {}
-        self._proxies: Dict[Tuple[str, str, str], Optional[ForwardProxy]] = {}  # by provider, scheme and authority
         for name, provider in config.providers.items():
-            urls = [*provider.urls()]
-            urls += [provider.oauth_token_url] if provider.oauth_refresh else []
-            if any(url.startswith("https:") for url in urls):
-                self._contexts[name] = make_tls_context(provider)
-            self._proxies.update({(name, *urllib.parse.urlsplit(url)[:2]): find_proxy(provider, url) for url in urls})
+            for url in (*provider.urls(), *[provider.oauth_token_url] * provider.oauth_refresh):
+                find_proxy(provider, url)  # a wrong one in the environment is told now
+                if url.startswith("https:") and name not in self._contexts:
+                    self._contexts[name] = make_tls_context(provider)
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
@@ -3150,14 +3136,14 @@ class Transport(urllib.request.BaseHandler):
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
-        family, address, until = self._addresses.get(origin, (0, None, -math.inf))
+        family, address, proxy, until = self._addresses.get(origin, (0, None, None, -math.inf))
         if until < time.monotonic():
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
             error = sock.connect_ex(address)
             if error in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                connection = UpstreamConnection(sock, origin, self._proxies[origin[2], origin[0], origin[1]])
+                connection = UpstreamConnection(sock, origin, proxy)
                 connection.connecting = error != 0
                 return connection
             sock.close()
@@ -3173,13 +3159,13 @@ class Transport(urllib.request.BaseHandler):
             sock.setblocking(False)
             return UpstreamConnection(sock, origin)
         provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = self._proxies[provider.name, url.scheme, url.netloc]
+        proxy = find_proxy(provider, request.target.base_url)
         seconds = provider.timeout_s("connect_timeout_s", self._limits)
         attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
         sock = reach(url, proxy, attempt)
         if request.type == "http":
             with contextlib.suppress(OSError):  # it has closed already
-                self._addresses[origin] = (sock.family, sock.getpeername(), time.monotonic() + ADDRESS_S)
+                self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
             return UpstreamConnection(sock, origin, proxy)
         try:
             session = self._sessions.get(origin)
@@ -3556,12 +3542,8 @@ class State(NamedTuple):
 
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
-NO_ROUTE: Final = Route("", "", "")
-NOBODY: Final = Identity()
 NO_PLAN: Final = Plan((), "", "")  # not placed yet
 NO_BODY: Final = BodyReader()  # never fed
-NO_SESSION: Final = Session()
-UNPLACED: Final = UpstreamError("no target is enabled")
 
 
 class Exchange:
@@ -3572,55 +3554,49 @@ class Exchange:
     in a thread looks at, and writes the record as it is.
     """
 
-    __slots__ = (
-        ("head", "state", "record", "started", "reader", "parts", "size", "held", "body", "refusal", "is_gone")
-        + ("bytes_out", "route", "identity", "headers", "session", "cache_key", "model", "json", "prefix", "targets")
-        + ("plan", "place", "turn_owner", "passes_on", "tried", "target", "asks_again", "was_stale", "credential")
-        + ("refused", "waited_s", "last_answer", "left", "last_error", "usage")
-    )
+    reader: BodyReader = NO_BODY
+    size = 0  # of what has come of the body
+    held = 0  # bytes of it that limits.max_buffered_bytes counts
+    body = b""  # once all of it is here
+    refusal: Optional[ProxyError] = None  # to be answered once the body has been read
+    is_gone = False  # the client has left
+    bytes_out = 0
+    # What admit() finds.
+    route = Route("", "", "")
+    identity = Identity()
+    # What placing finds: which targets are asked, in which order, and what of the request that was made of.
+    session = Session()
+    cache_key: Optional[str] = None
+    model: Optional[str] = None
+    json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
+    prefix = b""  # these digests
+    targets: Tuple[Target, ...] = ()  # all that could serve it
+    plan = NO_PLAN
+    place: Optional[Place] = None  # what it was placed by, if there was a choice
+    turn_owner: Optional[str] = None  # the place that minted the turn state
+    passes_on = RETRY_STATUSES  # statuses with which the next target is asked
+    # What each turn changes.
+    tried = 0  # how many targets of the plan
+    target: Optional[Target] = None  # the one being asked
+    asks_again = False  # the same target, in the next turn
+    was_stale = False  # its pooled connection
+    credential: Sequence[Field] = ()  # what was sent
+    refused: Sequence[Field] = ()  # what it answered with a 401 before
+    waited_s = 0.0  # for 429s
+    last_answer: Optional["Answer"] = None  # an error, read to its end and not sent: another is asked first
+    last_error: ProxyError = UpstreamError("no target is enabled")
+    left: Tuple[str, ...] = ()  # the providers that a further target stood in for
+    usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
         self.head = head
+        self.headers = head.headers  # then the end-to-end ones
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
         self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
-        self.reader: BodyReader = NO_BODY
         self.parts: List[bytes] = []  # of the body, until all of it is here
-        self.size = 0  # of what has come of it
-        self.held = 0  # bytes of it that limits.max_buffered_bytes counts
-        self.body = b""
-        self.refusal: Optional[ProxyError] = None  # to be answered once the body has been read
-        self.is_gone = False  # the client has left
-        self.bytes_out = 0
-        # What admit() finds.
-        self.route = NO_ROUTE
-        self.identity = NOBODY
-        # What placing finds: which targets are asked, in which order, and what of the request that was made of.
-        self.headers = head.headers  # then the end-to-end ones
-        self.session = NO_SESSION
-        self.cache_key: Optional[str] = None
-        self.model: Optional[str] = None
-        self.json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
-        self.prefix = b""  # these digests
-        self.targets: Tuple[Target, ...] = ()  # all that could serve it
-        self.plan = NO_PLAN
-        self.place: Optional[Place] = None  # what it was placed by, if there was a choice
-        self.turn_owner: Optional[str] = None  # the place that minted the turn state
-        self.passes_on = RETRY_STATUSES  # statuses with which the next target is asked
-        # What each turn changes.
-        self.tried = 0  # how many targets of the plan
-        self.target: Optional[Target] = None  # the one being asked
-        self.asks_again = False  # the same target, in the next turn
-        self.was_stale = False  # its pooled connection
-        self.credential: Sequence[Field] = ()  # what was sent
-        self.refused: Sequence[Field] = ()  # what it answered with a 401 before
-        self.waited_s = 0.0  # for 429s
-        self.last_answer: Optional[Answer] = None  # an error, read to its end and not sent: another is asked first
-        self.left: List[str] = []  # the providers that a further target stood in for
-        self.last_error: ProxyError = UNPLACED
-        self.usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def digest(self) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
@@ -3682,39 +3658,23 @@ class ClientConnection:
     close() because the client has left.
     """
 
-    __slots__ = (
-        "loop",
-        "app",
-        "sock",
-        "peer",
-        "exchange",
-        "answer",
-        "closing",
-        "is_closed",
-        "unsent",
-        "phase",
-        "deadline",
-    ) + ("idle_since", "_pending", "_head_bytes", "_framing", "_aborted", "_handshaking", "_took_at")
+    exchange: Optional[Exchange] = None
+    answer: Union["Answer", "Feed", None] = None
+    closing = False  # no further request on this connection
+    is_closed = False
+    phase = Phase.IDLE
+    _pending = b""  # bytes of the request being read, or of the ones after it
+    _head_bytes = b""  # of the answer, until its first bytes leave with it
+    _framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
+    _aborted = False  # close without a clean end once the rest is out
+    _took_at = 0.0  # when the client last took something of unsent
 
     def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
-        self.loop = app.loop
-        self.app = app
-        self.sock = sock
-        self.peer = peer
-        self.exchange: Optional[Exchange] = None
-        self.answer: Union[Answer, Feed, None] = None
-        self.closing = False  # no further request on this connection
-        self.is_closed = False
+        self.app, self.loop, self.sock, self.peer = app, app.loop, sock, peer
         self.unsent = bytearray()  # what the client has not taken yet
-        self.phase = Phase.IDLE
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
-        self._pending = b""  # bytes of the request being read, or of the ones after it
-        self._head_bytes = b""  # of the answer, until its first bytes leave with it
-        self._framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
-        self._aborted = False  # close without a clean end once the rest is out
         self._handshaking = isinstance(sock, ssl.SSLSocket)
-        self._took_at = 0.0  # when the client last took something of unsent
         self._watch()
 
     @property
@@ -4087,42 +4047,29 @@ class Answer:
     target may do better.  All else is relayed as it comes.
     """
 
-    __slots__ = (
-        "connection",
-        "exchange",
-        "target",
-        "upstream",
-        "loop",
-        "head",
-        "_fleet",
-        "_limits",
-        "_deadline",
-        "_proxy",
-    ) + ("_start", "_body", "_held", "_tail", "_quiet_since", "_commented_at", "_ids")
+    head = NO_ANSWER
+    _start = b""  # of the answer, until its head is complete
+    _body: BodyReader = NO_BODY
+    _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
+    _tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
+    _ids: Optional[ResponseIds] = None
 
     def __init__(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
     ) -> None:
-        self.connection = connection
-        self.exchange = exchange
-        self.target = target
+        self.connection, self.exchange, self.target, self.loop = connection, exchange, target, connection.loop
         self.upstream: Optional[UpstreamConnection] = upstream
-        self.loop = connection.loop
-        self.head = NO_ANSWER
+        self._proxy = upstream.proxy
         self._fleet = connection.app.fleet
         self._limits = exchange.state.config.limits
-        timeout = "connect_timeout_s" if upstream.connecting else "first_byte_timeout_s"
-        self._deadline = self.loop.now + target.provider.timeout_s(timeout, self._limits)
-        self._proxy = upstream.proxy
-        self._start = b""  # of the answer, until its head is complete
-        self._body: BodyReader = NO_BODY
-        self._held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
-        self._tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
+        self._wait_for("connect_timeout_s" if upstream.connecting else "first_byte_timeout_s")
         self._quiet_since = self._commented_at = self.loop.now
-        self._ids: Optional[ResponseIds] = None
-        connection.answer = self
-        connection.phase = Phase.ANSWERING
+        connection.answer, connection.phase = self, Phase.ANSWERING
         self._watch()
+
+    def _wait_for(self, timeout: str) -> None:
+        self._timeout = timeout
+        self._deadline = self.loop.now + self.target.provider.timeout_s(timeout, self._limits)
 
     # -- the upstream's side ---------------------------------------------
 
@@ -4169,7 +4116,7 @@ class Answer:
             self.exchange.asks_again = True
             self._next_turn()
             return False
-        self._deadline = self.loop.now + self.target.provider.timeout_s("first_byte_timeout_s", self._limits)
+        self._wait_for("first_byte_timeout_s")
         return True
 
     def _read_head(self, data: bytes) -> None:
@@ -4370,10 +4317,8 @@ class Answer:
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
-            phase, name = "sent no answer", "first_byte_timeout_s"
-            if self.upstream and self.upstream.connecting:
-                phase, name = "did not accept a connection", "connect_timeout_s"
-            what = f"{phase} within {name} ({provider.timeout_s(name, limits):g})"
+            what = "no answer" if self._timeout == "first_byte_timeout_s" else "no connection"
+            what = f"gave {what} within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))
         elif self._deadline < math.inf or connection.unsent:
             return
@@ -4388,13 +4333,12 @@ class Answer:
 class Feed:
     """The status page's event stream: what render() returns, at once and then each second if it has changed."""
 
+    _last: Mapping[str, Any] = {}
+    _next = _said_at = 0.0
+
     def __init__(self, connection: ClientConnection, exchange: Exchange, render: Callable[[], Dict[str, Any]]) -> None:
-        self._connection = connection
-        self._render = render
-        self._last: Dict[str, Any] = {}
-        self._next = self._said_at = 0.0
-        connection.answer = self
-        connection.phase = Phase.ANSWERING
+        self._connection, self._render = connection, render
+        connection.answer, connection.phase = self, Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
         connection.begin_answer(200, "OK", fields)
@@ -4656,7 +4600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if exchange.tried == len(targets):
                 return None
             if exchange.tried and target:
-                exchange.left.append(target.provider.name)
+                exchange.left += (target.provider.name,)
             target = targets[exchange.tried]
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()

@@ -408,7 +408,7 @@ class Simulation:
     def end_period(self) -> None:
         """The fleet changes: how even was the load until now?"""
         served = [self.counts[target.id] for target in self.targets]
-        self.worst = max(self.worst, max(served) * len(served) / sum(served))
+        self.worst = max(self.worst, max(served) * len(served) / (sum(served) or 1))
         self.counts.clear()
 
     def die(self) -> None:

@@ -328,6 +328,13 @@ class ReadingSignIns(SignInTest):
                 self.write("auth.json", {"tokens": {"access_token": token}})
                 self.assertEqual(self.sent(self.make()), token)
 
+    def test_no_repr_shows_a_token(self):
+        self.sign_in("at-SECRET", "rt-SECRET")
+        credentials = self.make()
+        found = credentials._sources["up"]
+        assert found is not None
+        self.assertNotIn("SECRET", f"{credentials!r} {found!r} {found.value!r}")
+
     def test_without_a_usable_file_requests_fail_until_there_is_one(self):
         rows: Sequence[Tuple[str, Any]] = (
             ("missing", None),

@@ -393,6 +393,7 @@ class Cooldown(unittest.TestCase):
         rows: Sequence[Tuple[str, Mapping[str, str], Optional[float]]] = (
             ("nothing", {}, None),
             ("seconds", {"Retry-After": "7"}, 7),
+            ("seconds with a fraction", {"Retry-After": "1.5"}, 1.5),
             ("zero", {"retry-after": "0"}, 0),
             ("a date", {"Retry-After": formatdate(now + 90, usegmt=True)}, 90),
             ("a date in the past", {"Retry-After": formatdate(now - 90, usegmt=True)}, 0),
@@ -518,18 +519,18 @@ class RememberedTest(unittest.TestCase):
         memory.put("b", "B2", 2)  # a use as well: now c
         memory.put("d", "D", 3)
         self.assertEqual([memory.get(key, 4) for key in "abcd"], ["A", "B2", None, "D"])
-        self.assertEqual(len(memory), 3)
+        self.assertEqual(len(memory._entries), 3)
 
     def test_it_is_bounded(self):
         memory = plexus_lite.Remembered(100)
         for number in range(10_000):
             memory.put(f"k{number}", "v", number)
-            self.assertLessEqual(len(memory), 100)
+            self.assertLessEqual(len(memory._entries), 100)
         self.assertEqual([memory.get(key, 1e6) for key in ("k9899", "k9900", "k9999")], [None, "v", "v"])
         fleet = plexus_lite.Fleet()
         for number in range(plexus_lite.MAX_REMEMBERED + 500):
             fleet.pins.put(str(number), "t", 0)
-        self.assertEqual(len(fleet.pins), plexus_lite.MAX_REMEMBERED)
+        self.assertEqual(len(fleet.pins._entries), plexus_lite.MAX_REMEMBERED)
 
     def test_idle_time_counts_from_the_last_use(self):
         memory = plexus_lite.Remembered()
@@ -537,7 +538,7 @@ class RememberedTest(unittest.TestCase):
         self.assertEqual(memory.get("k", 2800, 1800), "v")
         self.assertEqual(memory.get("k", 4600, 1800), "v")
         self.assertIsNone(memory.get("k", 6400.5, 1800))
-        self.assertEqual(len(memory), 0, "what is too old is kept")
+        self.assertEqual(len(memory._entries), 0, "what is too old is kept")
         memory.put("k", "v", 0)
         self.assertEqual(memory.get("k", 1e9), "v")
 
@@ -556,14 +557,14 @@ class RememberedTest(unittest.TestCase):
                 key = f"{(number * 7 + step) % 90}"
                 memory.put(key, "v" + key, step)
                 found = memory.get(key, step)
-                if found not in (None, "v" + key) or len(memory) > 50:
+                if found not in (None, "v" + key) or len(memory._entries) > 50:
                     wrong.append((key, found))
                 if step % 5 == 0:
                     memory.forget(key)
 
         run_threads(work)
         self.assertEqual(wrong, [])
-        self.assertLessEqual(len(memory), 50)
+        self.assertLessEqual(len(memory._entries), 50)
 
 
 def run_threads(work: Callable[[int], None], count: int = 8) -> None:
@@ -675,7 +676,7 @@ class Sessions(unittest.TestCase):
     def test_it_stays_at_home(self):
         for now in (0, 10, 10_000):
             self.assertEqual(self.serve(now), (self.home, "rendezvous"))
-        self.assertEqual(len(self.fleet.pins), 0)
+        self.assertEqual(len(self.fleet.pins._entries), 0)
 
     def test_after_a_failover_it_stays_on_the_replacement_until_it_was_idle(self):
         self.assertEqual(self.serve(0, self.home)[0], self.second)

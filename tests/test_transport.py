@@ -352,7 +352,7 @@ class KnownAddressTest(TransportTest):
     def start(self) -> Proxy:
         """Return a proxy that knows the address: it has had an answer from there."""
         config = make_config(self.base_url, {"connect_timeout_s": 0.5})
-        proxy = enter(self.addCleanup, Proxy(config))
+        proxy: Proxy = enter(self.addCleanup, Proxy(config))
         threading.Thread(target=self.serve_one).start()
         self.assertEqual(post(proxy.port, "/v1/responses", BODY).status, 200)
         return proxy
@@ -369,12 +369,12 @@ class KnownAddressTest(TransportTest):
         (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
         request = plexus_lite.OutboundRequest(target, "/models", "GET", [], may_wait=False)
         self.assertIsNone(transport.send(request), "the name would have to be resolved")
-        first = transport.send(plexus_lite.OutboundRequest(target, "/models", "GET", []))
-        self.addCleanup(first.close)
-        second = transport.send(request)
-        self.addCleanup(second.close)
-        self.assertEqual(second.sock.gettimeout(), 0)
-        with mock.patch.object(plexus_lite.time, "monotonic", lambda: time.perf_counter() + 10**6):
+        for one in (plexus_lite.OutboundRequest(target, "/models", "GET", []), request):
+            connection = transport.send(one)
+            assert connection is not None
+            self.addCleanup(connection.close)
+            self.assertEqual(connection.sock.gettimeout(), 0)
+        with mock.patch("time.monotonic", lambda: time.perf_counter() + 10**6):
             self.assertIsNone(transport.send(request), "after a minute the name is resolved again")
 
     def test_one_that_refuses_by_now_is_told_as_ever(self):

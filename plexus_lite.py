@@ -106,6 +106,7 @@ from typing import (
     IO,
     Any,
     Callable,
+    ClassVar,
     Deque,
     Dict,
     Final,
@@ -292,17 +293,16 @@ class ConfigError(Exception):
 # ---------------------------------------------------------------------------
 
 APIS: Final = ("responses", "chat")
-Check = Callable[[Any, str], Any]
+OAUTH: Final = "oauth://"
+DEMO: Final = "demo://"
+Check = Callable[[Any, str], Any]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
 T = TypeVar("T")
-REQUIRED: Final = dataclasses.MISSING
-SECRET: Final = {"repr": False}  # kept out of every repr, and so out of every traceback
+V = TypeVar("V", bound="Value")
+REQUIRED: Final[Any] = ...
 
 
-def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
-    """Return a dataclass field that is also a row of the configuration reference."""
-    if default is not REQUIRED:
-        options["default_factory"] = lambda: default  # a plain default may be no dict; nobody changes one
-    return dataclasses.field(metadata={"check": check, "text": text, "default": default}, **options)
+def join_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def describe(value: object) -> str:
@@ -312,68 +312,126 @@ def describe(value: object) -> str:
     return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
 
 
-def wrong(path: str, wanted: str, value: object) -> ConfigError:
-    return ConfigError(path, f"expected {wanted}, found {describe(value)}")
-
-
-def no_object(path: str, wanted: str, value: object) -> ConfigError:
-    """A string is not shown: in place of {"secret": ...} or of headers it is probably a credential."""
-    return ConfigError(path, f"expected {wanted}") if isinstance(value, str) else wrong(path, wanted, value)
-
-
-def expect(wanted: str, holds: Callable[[Any], object], is_shown: bool = True) -> Check:
-    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value unless *is_shown*."""
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Union[type, Tuple[()]] = ()) -> Check:
+    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value that is a *hidden*."""
 
     def check(value: Any, path: str) -> Any:
         if not holds(value):
-            raise wrong(path, wanted, value) if is_shown else ConfigError(path, f"expected {wanted}")
+            found = "" if isinstance(value, hidden) else f", found {describe(value)}"
+            raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
     return check
 
 
-def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
+def a_number(minimum: float, maximum: float, kinds: Tuple[type, ...] = (int, float)) -> Check:
     """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
-    kinds = (int,) if integer else (int, float)
-    wanted = f"a{' whole' if integer else ''} number from {minimum:g} to {maximum:g}"
+    wanted = f"a{'' if float in kinds else ' whole'} number from {minimum:g} to {maximum:g}"
     return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, is_shown: bool = True) -> Check:
-    return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), is_shown)
+def a_text(pattern: str, wanted: str, hidden: Union[type, Tuple[()]] = ()) -> Check:
+    return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
 def one_of(*allowed: str) -> Check:
-    return expect(" or ".join(json.dumps(item) for item in allowed), lambda value: value in allowed)
+    return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(check: Check, wanted: str, is_empty_right: bool = True) -> Check:
-    def check_list(value: Any, path: str) -> Tuple[Any, ...]:
-        if not isinstance(value, list) or not (value or is_empty_right):
-            raise wrong(path, wanted, value)
-        return tuple(check(item, f"{path}[{index}]") for index, item in enumerate(value))
+def a_list(check: Check, wanted: str, least: int = 0) -> Check:
+    is_list = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
+    return lambda value, path: tuple(check(item, f"{path}[{at}]") for at, item in enumerate(is_list(value, path)))
 
-    return check_list
+
+def an_object(wanted: str = "an object") -> Check:
+    """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
+    return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
 def a_map(check: Check, wanted: str = "an object") -> Check:
     """Return a check for an object that has what *check* checks under names of the user's choice."""
+    is_object = an_object(wanted)
 
     def check_map(value: Any, path: str) -> Dict[str, Any]:
-        if not isinstance(value, dict):
-            raise no_object(path, wanted, value)
-        if "" in value:
+        if "" in is_object(value, path):
             raise ConfigError(path, "a name must not be empty")
         return {name: check(item, f"{path}.{name}") for name, item in value.items()}
 
     return check_map
 
 
-a_string: Final = a_text("(?s).+", "a non-empty string")
+def check_keys(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
+    """Return *value* if it is an object with no keys but the *allowed* ones."""
+    found: Dict[str, Any] = an_object()(value, path)
+    for key in found:
+        if key not in allowed:
+            raise ConfigError(join_path(path, key), f"unknown key; allowed: {', '.join(sorted(allowed))}")
+    return found
+
+
+class Setting(NamedTuple):
+    """A member of a Value.  One that has a *text* is a key of the file: its name, default, check and description."""
+
+    default: Any = REQUIRED
+    check: Check = lambda value, path: value
+    text: str = ""
+    is_secret: bool = False  # kept out of every repr, and so out of every traceback
+
+
+setting: Final[Callable[..., Any]] = Setting  # what it returns stands for a value of the type that is annotated there
+
+
+class Value:
+    """An object that never changes, equal to one with equal members: those that `name: type = setting(...)` declares.
+
+    Not a dataclass: to import those and to make our classes of them takes longer than all else that is read here.
+    """
+
+    rows: ClassVar[Mapping[str, Setting]]
+
+    def __init_subclass__(cls) -> None:
+        cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given = {**dict(zip(self.rows, values)), **named}
+        members = {name: given.pop(name, row.default) for name, row in self.rows.items()}
+        if given or REQUIRED in members.values():
+            raise TypeError(f"{type(self).__name__} has the members {', '.join(self.rows)}; given: {', '.join(named)}")
+        vars(self).update(members)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be set; see _replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._asdict() == other._asdict()
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={value!r}" for name, value in self._asdict().items() if not self.rows[name].is_secret)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _asdict(self) -> Dict[str, Any]:
+        return {name: getattr(self, name) for name in self.rows}
+
+    def _replace(self: V, **changes: Any) -> V:
+        """Return a copy with these *changes*, as that of a NamedTuple."""
+        return type(self)(**{**self._asdict(), **changes})
+
+    @classmethod
+    def parse(cls: Type[V], value: Any, path: str) -> V:
+        """Return what the object *value*, which stands at *path* of the file, describes."""
+        rows = {name: row for name, row in cls.rows.items() if row.text}
+        found = check_keys(value, path, rows)
+        for name, row in rows.items():
+            if row.default is REQUIRED and name not in found:
+                raise ConfigError(join_path(path, name), "missing; it must be set")
+        return cls(**{name: rows[name].check(item, join_path(path, name)) for name, item in found.items()})
+
+
+a_string: Final = expect("a non-empty string", lambda value: isinstance(value, str) and value)
 a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
 a_time: Final = a_number(0.001, 86400)
 a_time_or_0: Final = a_number(0, 86400)
-a_size: Final = a_number(1024, 2**40, integer=True)
+a_size: Final = a_number(1024, 2**40, (int,))
 a_price: Final = a_number(0, 10**6)
 model_names: Final = a_list(a_string, "a list of model names")
 an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
@@ -383,64 +441,99 @@ a_worker_count: Final = expect(
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
 a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", is_shown=False
+    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", hidden=object
 )
 a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", is_shown=False
+    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", hidden=object
 )
+a_token: Final = a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")
 
 
 def a_field_name(value: Any, path: str) -> str:
-    a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")(value, path)
-    if value.lower() in HOP_BY_HOP or value.lower() in {"content-length", "expect"}:
-        raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
-    return str(value)
+    name: str = a_token(value, path)
+    if name.lower() in HOP_BY_HOP | {"content-length", "expect"}:
+        raise ConfigError(path, f"{name} belongs to the connection and cannot be set")
+    return name
 
 
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    seen: Set[str] = set()
-    for name in value if isinstance(value, dict) else ():
-        a_field_name(name, f"{path}.{name}")
-        if name.lower() in seen:
+    names = [a_field_name(name, f"{path}.{name}").lower() for name in value] if isinstance(value, dict) else []
+    fields = a_map(a_field_value, "an object of header names and values")(value, path)
+    for index, name in enumerate(fields):
+        if names[index] in names[:index]:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
-        seen.add(name.lower())
-    return tuple(a_map(a_field_value, "an object of header names and values")(value, path).items())
+    return tuple(fields.items())
 
 
-def a_base_url(value: Any, path: str, own: Sequence[str] = ("demo://", "oauth://")) -> str:
-    """Return *value* without a trailing slash: http(s)://host[:port][/path], or one of our *own*."""
-    if value in own:
-        return str(value)
-    parts = split_url(value, wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value))
+def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
+    """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
+    try:
+        if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+            raise problem
+        parts = urllib.parse.urlsplit(value)
+        host, port = parts.hostname or "", parts.port  # the port is looked at only when it is asked for
+        if "[" in parts.netloc:
+            ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
+        # A label that is empty or has more than 63 characters makes getaddrinfo raise; a name may end with a dot.
+        if parts.scheme not in ("http", "https") or port == 0 or not re.fullmatch(r"([^.]{1,63}(\.|$))+", host):
+            raise problem
+    except ValueError:
+        raise problem from None
+    return parts
+
+
+def a_base_url(value: Any, path: str) -> str:
+    """Return the URL *value*, http(s)://host[:port][/path], without a trailing slash."""
+    wanted = f'expected a base URL like "https://host/v1" (or "{DEMO}"), found {describe(value)}'
+    parts = split_url(value, ConfigError(path, wanted))
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-a_web_url: Final = functools.partial(a_base_url, own=())
+def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
+    """Return the base URLs in *value*, one or a list; those that are built in are among them."""
+
+    def a_replica(url: Any, path: str) -> str:
+        return str(url) if url in (DEMO, OAUTH) else a_base_url(url, path)
+
+    if isinstance(value, str):
+        return (a_replica(value, path),)
+    urls: Tuple[str, ...] = a_list(a_replica, "at least one base URL", least=1)(value, path)
+    if len(set(urls)) < len(urls):
+        raise ConfigError(path, "the same base URL stands twice")
+    return urls
 
 
-def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
-    """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
-        raise problem
-    try:
-        parts = urllib.parse.urlsplit(value)
-        if "[" in parts.netloc:
-            ipaddress.IPv6Address(parts.hostname or "")  # before 3.11 urlsplit takes anything between brackets
-        (parts.hostname or "").encode("idna")  # as getaddrinfo will: it raises for a label that is empty or too long
-        if not parts.hostname or parts.port == 0:
-            raise problem
-    except ValueError:  # the port is looked at only when it is asked for
-        raise problem from None
-    return parts
+def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
+    """Return the replicas for each API; a bare string or list is for Responses."""
+    if not isinstance(value, dict):
+        return {"responses": replica_urls(value, path)}
+    found = {api: replica_urls(urls, f"{path}.{api}") for api, urls in check_keys(value, path, APIS).items()}
+    if not found:
+        raise ConfigError(path, "expected at least one of: chat, responses")
+    if DEMO in found.get("chat", ()):
+        raise ConfigError(f"{path}.chat", f"{DEMO} speaks the Responses API only")
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardProxy:
-    host: str
-    port: int
-    credentials: bytes = dataclasses.field(repr=False)  # user:password, b"" for none
+def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
+    """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
+
+    def access(entry: Any, path: str) -> FrozenSet[str]:
+        found = check_keys(entry, path, ("access_via",))
+        return frozenset(an_api_list(found.get("access_via", list(APIS)), f"{path}.access_via"))
+
+    if isinstance(value, list):
+        return dict.fromkeys(model_names(value, path), frozenset(APIS))
+    models: Mapping[str, FrozenSet[str]] = a_map(access, "a list of model names, or an object")(value, path)
+    return models
+
+
+class ForwardProxy(Value):
+    host: str = setting()
+    port: int = setting()
+    credentials: bytes = setting(is_secret=True)  # user:password, b"" for none
 
     @property
     def name(self) -> str:
@@ -465,85 +558,22 @@ def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
 
 def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
     """Return the forward proxy that a URL names.  Errors never show the value: a password may stand in it."""
-    problem = ConfigError(
-        path, f'expected {others}a URL like "http://user:password@host:3128" (special characters as %XX)'
-    )
-    parts = split_url(value, problem)
+    wanted = f'expected {others}a URL like "http://user:password@host:3128" (special characters as %XX)'
+    parts = split_url(value, ConfigError(path, wanted))
     if parts.path.strip("/") or parts.query or parts.fragment:
-        raise problem
+        raise ConfigError(path, wanted)
     if parts.scheme == "https":
         raise ConfigError(path, "TLS to the proxy itself is not supported; use http://")
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-    credentials = urllib.parse.unquote_to_bytes(f"{user}:{password}") if user or password else b""
-    return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
+    user = f"{parts.username or ''}:{parts.password or ''}"
+    credentials = b"" if user == ":" else urllib.parse.unquote_to_bytes(user)
+    return ForwardProxy(parts.hostname, parts.port or 80, credentials)
 
 
-def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
-    """Return *value* if it is an object with no keys but the *allowed* ones."""
-    if not isinstance(value, dict):
-        raise no_object(path, "an object", value)
-    for key in value:
-        if key not in allowed:
-            where = f"{path}.{key}" if path else str(key)
-            raise ConfigError(where, f"unknown key; allowed: {', '.join(sorted(allowed))}")
-    return value
-
-
-def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
-    if isinstance(value, str):
-        return (a_base_url(value, path),)
-    urls: Tuple[str, ...] = a_list(a_base_url, "at least one base URL", is_empty_right=False)(value, path)
-    if len(set(urls)) != len(urls):
-        raise ConfigError(path, "the same base URL stands twice")
-    return urls
-
-
-def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
-    """Return the replicas for each API; a bare string or list is for Responses."""
-    if not isinstance(value, dict):
-        return {"responses": replica_urls(value, path)}
-    if not check_object(value, path, APIS):
-        raise ConfigError(path, "expected at least one of: chat, responses")
-    return {api: replica_urls(urls, f"{path}.{api}") for api, urls in value.items()}
-
-
-def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
-    """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
-
-    def access(entry: Any, path: str) -> FrozenSet[str]:
-        apis = check_object(entry, path, ("access_via",)).get("access_via", list(APIS))
-        return frozenset(an_api_list(apis, f"{path}.access_via"))
-
-    if isinstance(value, list):
-        return {name: frozenset(APIS) for name in model_names(value, path)}
-    found: Mapping[str, FrozenSet[str]] = a_map(access, "a list of model names, or an object")(value, path)
-    return found
-
-
-def parse_object(cls: Type[T], value: Any, path: str) -> T:
-    """Return a *cls* made of the object *value*; *cls* is a dataclass whose fields are settings."""
-    rows = {row.name: row for row in dataclasses.fields(cls) if row.metadata}  # type: ignore[arg-type]
-    check_object(value, path, rows)
-    found = {}
-    for name, row in rows.items():
-        where = f"{path}.{name}" if path else name
-        if name in value:
-            found[name] = row.metadata["check"](value[name], where)
-        elif row.metadata["default"] is REQUIRED:
-            raise ConfigError(where, "missing; it must be set")
-    return cls(**found)
-
-
-def an_object(cls: Type[T]) -> Check:
-    return lambda value, path: parse_object(cls, value, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(Value):
     max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
     max_buffered_bytes: int = setting(1024 * MIB, a_size, "request bodies held at one time, all clients together")
     max_header_bytes: int = setting(64 * KIB, a_size, "largest head of a request, and of an upstream's answer")
-    max_connections: int = setting(1024, a_number(1, 10**6, integer=True), "client connections at one time")
+    max_connections: int = setting(1024, a_number(1, 10**6, (int,)), "client connections at one time")
     header_timeout_s: float = setting(15, a_time, "for the whole head of a request")
     body_timeout_s: float = setting(60, a_time, "for the whole body of a request")
     connect_timeout_s: float = setting(10, a_time, "to reach an upstream, TLS included")
@@ -557,22 +587,19 @@ class Limits:
     pin_idle_s: float = setting(1800, a_time, "a session moved by a failover returns after this much idle time")
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", **SECRET)
+class Key(Value):
+    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", is_secret=True)
     models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
     admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
 
 
-@dataclasses.dataclass(frozen=True)
-class Price:
+class Price(Value):
     input: float = setting(REQUIRED, a_price, "per million input tokens that were not cached")
     cached: float = setting(REQUIRED, a_price, "per million cached input tokens")
     output: float = setting(0, a_price, "per million output tokens")
 
 
-@dataclasses.dataclass(frozen=True)
-class Provider:
+class Provider(Value):
     api_base_url: Mapping[str, Tuple[str, ...]] = setting(
         REQUIRED,
         base_urls,
@@ -581,15 +608,15 @@ class Provider:
     models: Mapping[str, FrozenSet[str]] = setting(
         REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", **SECRET)
+    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", is_secret=True)
     auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
     auth_file: Optional[str] = setting(None, a_string, "of oauth://; default: the Codex CLI's auth.json")
     oauth_refresh: bool = setting(False, a_flag, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url: str = setting("https://chatgpt.com/backend-api/codex", a_web_url, "what oauth:// stands for")
-    oauth_token_url: str = setting("https://auth.openai.com/oauth/token", a_web_url, "who renews the tokens")
+    oauth_base_url: str = setting("https://chatgpt.com/backend-api/codex", a_base_url, "what oauth:// stands for")
+    oauth_token_url: str = setting("https://auth.openai.com/oauth/token", a_base_url, "who renews the tokens")
     oauth_client_id: str = setting("app_EMoamEEZ73f0CkXaXp7hrann", a_string, "for whom: the Codex CLI's public id")
     account: Optional[str] = setting(None, a_string, "who can read its encrypted_content; default: the provider")
-    headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", **SECRET)
+    headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", True)
     session_headers: Tuple[str, ...] = setting(
         SESSION_SPELLINGS, a_list(one_of(*SESSION_SPELLINGS), "a list of spellings"), "the spellings that leave"
     )
@@ -600,18 +627,23 @@ class Provider:
     ca_file: Optional[str] = setting(None, a_string, "PEM file of CAs, added to the system's roots")
     client_cert: Optional[str] = setting(None, a_string, "PEM file of our certificate, for upstreams that ask for one")
     client_key: Optional[str] = setting(None, a_string, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy: Union[str, ForwardProxy, None] = setting(  # noqa: RUF009
-        None, a_proxy, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', **SECRET
+    proxy: Union[str, ForwardProxy, None] = setting(
+        None, a_proxy, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True
     )
     connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
     first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
     idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
     enabled: bool = setting(True, a_flag, "false takes it out")
-    name: str = ""
+    name: str = setting("")
 
     def urls(self) -> Tuple[str, ...]:
         """Return every base URL once, whatever API it is for."""
         return tuple(dict.fromkeys(url for urls in self.api_base_url.values() for url in urls))
+
+    def replicas(self, model: str, api: str) -> Tuple[str, ...]:
+        """Return the base URLs at which *model* can be had over *api*."""
+        access = self.models.get(model, self.models.get("*", ()))
+        return self.api_base_url.get(api, ()) if self.enabled and api in access else ()
 
     def account_name(self) -> str:
         return self.account or self.name
@@ -622,31 +654,28 @@ class Provider:
         return float(getattr(limits, name)) if own is None else own
 
 
-@dataclasses.dataclass(frozen=True)
-class AliasTarget:
+class AliasTarget(Value):
     provider: str = setting(REQUIRED, a_string, "name of a provider")
     model: str = setting(REQUIRED, a_string, "the provider's name of the model")
     weight: float = setting(1, a_number(0.001, 1000), "share of the sessions")
-    group: int = setting(1, a_number(1, 1000, integer=True), "used when every target of lower groups is out")
+    group: int = setting(1, a_number(1, 1000, (int,)), "used when every target of lower groups is out")
     enabled: bool = setting(True, a_flag, "false takes it out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
+class Alias(Value):
     targets: Tuple[AliasTarget, ...] = setting(
-        REQUIRED, a_list(an_object(AliasTarget), "at least one target", is_empty_right=False), "where the alias leads"
+        REQUIRED, a_list(AliasTarget.parse, "at least one target", least=1), "where the alias leads"
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
+class Target(Value):
     """One place a request can go: a replica of a provider, and the model's name there."""
 
-    provider: Provider
-    base_url: str
-    model: str
-    weight: float = 1
-    group: int = 1
+    provider: Provider = setting()
+    base_url: str = setting()
+    model: str = setting()
+    weight: float = setting(1)
+    group: int = setting(1)
 
     @functools.cached_property
     def id(self) -> str:
@@ -659,26 +688,24 @@ class Target:
         return f"{self.provider.name} {self.base_url} "
 
 
-@dataclasses.dataclass(frozen=True)
-class Tls:
+class Tls(Value):
     cert: str = setting(REQUIRED, a_string, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
     key: Optional[str] = setting(None, a_string, "PEM file of its private key; absent = it is in cert")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    providers: Mapping[str, Provider] = setting(REQUIRED, a_map(an_object(Provider)), "upstreams by name")
+class Config(Value):
+    providers: Mapping[str, Provider] = setting(REQUIRED, a_map(Provider.parse), "upstreams by name")
     host: str = setting("127.0.0.1", a_string, "address to listen on")
-    port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
-    tls: Optional[Tls] = setting(None, an_object(Tls), "serve https; absent = http")  # noqa: RUF009
-    keys: Mapping[str, Key] = setting({}, a_map(an_object(Key)), "clients' keys by name")
+    port: int = setting(4000, a_number(0, 65535, (int,)), "port to listen on; 0 = any free one")
+    tls: Optional[Tls] = setting(None, Tls.parse, "serve https; absent = http")
+    keys: Mapping[str, Key] = setting({}, a_map(Key.parse), "clients' keys by name")
     workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
     cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
     hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
-    models: Mapping[str, Alias] = setting({}, a_map(an_object(Alias)), "aliases by name")
-    prices: Mapping[str, Price] = setting({}, a_map(an_object(Price)), "by model name")
-    limits: Limits = setting(Limits(), an_object(Limits), "sizes, times")  # noqa: RUF009
+    models: Mapping[str, Alias] = setting({}, a_map(Alias.parse), "aliases by name")
+    prices: Mapping[str, Price] = setting({}, a_map(Price.parse), "by model name")
+    limits: Limits = setting(Limits(), Limits.parse, "sizes, times")
 
 
 def is_loopback(host: str) -> bool:
@@ -695,11 +722,9 @@ def is_loopback(host: str) -> bool:
 def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -> Any:
     """Return *value* with ${NAME} and ${NAME:-default} replaced in every string; a default also stands for ""."""
     if isinstance(value, dict):
-        return {key: expand_variables(item, variables, f"{path}.{key}" if path else key) for key, item in value.items()}
+        return {name: expand_variables(item, variables, join_path(path, name)) for name, item in value.items()}
     if isinstance(value, list):
         return [expand_variables(item, variables, f"{path}[{index}]") for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
 
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
@@ -708,12 +733,13 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
             raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
         return variables.get(name) or default or ""
 
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value)
+    has_any = isinstance(value, str) and "${" in value
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value) if has_any else value
 
 
 def model_list(config: Config) -> List[str]:
     """Return the names a client may use, in the order of the file; not "*", which stands for names unknown here."""
-    named = [name for provider in config.providers.values() if provider.enabled for name in provider.models]
+    named = (name for provider in config.providers.values() for name in provider.models)
     return [name for name in dict.fromkeys([*config.models, *named]) if is_served(config, name)]
 
 
@@ -728,57 +754,33 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
     Looked for in this order: an alias; direct/<provider>/<model>; the providers that name the model; those that
     have "*", unless the name is configured anywhere.
     """
+    prefix, _, rest = model.partition("/")
+    name, _, upstream_model = rest.partition("/")
+    entries: Iterable[AliasTarget] = ()
     if model in config.models:
-        return tuple(
-            target
-            for entry in config.models[model].targets
-            if entry.enabled
-            for target in replicas(config.providers[entry.provider], entry.model, api, entry.weight, entry.group)
-        )
-    if model.startswith("direct/"):
-        name, _, upstream_model = model[len("direct/") :].partition("/")
-        if name in config.providers and upstream_model:
-            return replicas(config.providers[name], upstream_model, api)
-    if model == "*":
-        return ()
-    providers = [provider for provider in config.providers.values() if model in provider.models]
-    providers = providers or list(config.providers.values())
-    return tuple(target for provider in providers for target in replicas(provider, model, api))
+        entries = config.models[model].targets
+    elif prefix == "direct" and name in config.providers and upstream_model:
+        entries = (AliasTarget(name, upstream_model),)
+    elif model != "*":
+        named = [name for name, provider in config.providers.items() if model in provider.models]
+        entries = [AliasTarget(name, model) for name in named or config.providers]
+    return tuple(
+        Target(config.providers[one.provider], url, one.model, one.weight, one.group)
+        for one in entries
+        if one.enabled
+        for url in config.providers[one.provider].replicas(one.model, api)
+    )
 
 
 def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
     """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
     if models is None:
         enabled = [provider for provider in config.providers.values() if provider.enabled]
-        places = [Target(one, url, "") for one in enabled for url in one.api_base_url.get("responses", ())]
+        places = [(provider, url) for provider in enabled for url in provider.api_base_url.get("responses", ())]
     else:
         targets = [target for name in models for target in targets_of(config, name, "responses")]
-        places = [Target(target.provider, target.base_url, "") for target in targets]
-    return tuple({place.id: place for place in places}.values())
-
-
-def replicas(provider: Provider, model: str, api: str, weight: float = 1, group: int = 1) -> Tuple[Target, ...]:
-    access = provider.models.get(model, provider.models.get("*", frozenset()))
-    if not provider.enabled or api not in access:
-        return ()
-    return tuple(Target(provider, url, model, weight, group) for url in provider.api_base_url.get(api, ()))
-
-
-def check_aliases(config: Config) -> None:
-    """Refuse aliases that lead nowhere, and what the demo upstream does not speak."""
-    for name, provider in config.providers.items():
-        if "demo://" in provider.api_base_url.get("chat", ()):
-            raise ConfigError(f"providers.{name}.api_base_url.chat", "demo:// speaks the Responses API only")
-    for name, alias in config.models.items():
-        for index, target in enumerate(alias.targets):
-            where = f"models.{name}.targets[{index}]"
-            if target.provider not in config.providers:
-                known = ", ".join(sorted(config.providers))
-                raise ConfigError(f"{where}.provider", f"no such provider: {target.provider}; there are: {known}")
-            models = config.providers[target.provider].models
-            if target.model not in models and "*" not in models:
-                known = ", ".join(sorted(models))
-                raise ConfigError(f"{where}.model", f"{target.provider} has no model {target.model}; it has: {known}")
+        places = [(target.provider, target.base_url) for target in targets]
+    return tuple({(provider.name, url): Target(provider, url, "") for provider, url in places}.values())
 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
@@ -789,40 +791,47 @@ def check_secrets(keys: Mapping[str, Key]) -> None:
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
 
 
-def check_keys(config: Config) -> None:
-    """Refuse keys that cannot be told apart, and lists that name a model which does not exist."""
-    check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
+def refuse_unknown(path: str, what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ConfigError(path, f"no such {what}: {name}; there are: {', '.join(sorted(known)) or 'none'}")
+
+
+def check_names(config: Config) -> None:
+    """Refuse aliases that lead nowhere, and keys for models that do not exist."""
+    for name, alias in config.models.items():
+        for index, target in enumerate(alias.targets):
+            where = f"models.{name}.targets[{index}]"
+            refuse_unknown(f"{where}.provider", "provider", target.provider, config.providers)
+            models = config.providers[target.provider].models
+            if "*" not in models:
+                refuse_unknown(f"{where}.model", f"model of {target.provider}", target.model, models)
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
             if not is_served(config, model):
-                known = ", ".join(model_list(config)) or "none"
-                raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
+                refuse_unknown(f"keys.{name}.models[{index}]", "model", model, model_list(config))
 
 
-def resolve_sign_in(provider: Provider) -> Provider:
-    """Return *provider* with the URL that its oauth:// stands for, and "oauth" as its auth."""
-    where = f"providers.{provider.name}"
-    if "oauth://" not in provider.urls():
-        for name in ("auth_file", "oauth_refresh"):
-            if getattr(provider, name):
-                raise ConfigError(f"{where}.{name}", "goes only with oauth://")
-        return provider
-    if provider.api_key or provider.auth != "key":
-        raise ConfigError(f"{where}.{'api_key' if provider.api_key else 'auth'}", "goes not with oauth://")
-    if provider.api_base_url != {"responses": ("oauth://",)}:
-        raise ConfigError(f"{where}.api_base_url", "oauth:// stands alone: no other URL, no chat")
-    return dataclasses.replace(provider, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
+def resolve_sign_in(name: str, provider: Provider) -> Provider:
+    """Return *provider* with its name, and with the URL that its oauth:// stands for and "oauth" as its auth."""
+    has_sign_in = OAUTH in provider.urls()
+    for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
+        if getattr(provider, member) != Provider.rows[member].default:
+            raise ConfigError(f"providers.{name}.{member}", f"goes {'not' if has_sign_in else 'only'} with {OAUTH}")
+    if not has_sign_in:
+        return provider._replace(name=name)
+    if provider.api_base_url != {"responses": (OAUTH,)}:
+        raise ConfigError(f"providers.{name}.api_base_url", f"{OAUTH} stands alone: no other URL, no chat")
+    return provider._replace(name=name, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
 
 def parse_config(value: Any) -> Config:
     """Return the Config that decoded and expanded JSON describes; ConfigError names the path of what is wrong."""
-    config = parse_object(Config, value, "")
+    config = Config.parse(value, "")
     if not config.providers:
         raise ConfigError("providers", "expected at least one provider")
-    named = [dataclasses.replace(provider, name=name) for name, provider in config.providers.items()]
-    config = dataclasses.replace(config, providers={one.name: resolve_sign_in(one) for one in named})
-    check_aliases(config)
-    check_keys(config)
+    config = config._replace(providers={name: resolve_sign_in(name, one) for name, one in config.providers.items()})
+    check_names(config)
+    check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
     if not config.keys and not config.allow_anonymous and not is_loopback(config.host):
         remedy = "set keys, or allow_anonymous to true"
         raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
@@ -831,7 +840,7 @@ def parse_config(value: Any) -> Config:
 
 def render_reference() -> str:
     """Return every configuration key with its default and description, one a line; --help and the README have it."""
-    sections: Mapping[str, Any] = {
+    sections: Mapping[str, Type[Value]] = {
         "": Config,
         "tls.": Tls,
         "keys.NAME.": Key,
@@ -841,14 +850,13 @@ def render_reference() -> str:
         "prices.NAME.": Price,
         "limits.": Limits,
     }
-    rows = [(path + row.name, row.metadata) for path, cls in sections.items() for row in dataclasses.fields(cls)]
-    return "\n".join(f"  {path:<40} {row['text']}{default_note(row['default'])}" for path, row in rows if row)
-
-
-def default_note(default: Any) -> str:
-    if default is REQUIRED:
-        return " (required)"
-    return "" if default in (None, (), {}, Limits()) else f" ({json.dumps(default)})"
+    lines = []
+    for path, cls in sections.items():
+        for name, row in cls.rows.items():
+            note = "required" if row.default is REQUIRED else json.dumps(row.default, default=lambda limits: None)
+            note = "" if note in ("null", "[]", "{}") else f" ({note})"
+            lines += [f"  {path + name:<40} {row.text}{note}"] if row.text else []
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------
@@ -2696,11 +2704,11 @@ class Credentials:
             return provider
         where = f"providers.{provider.name}.proxy"
         file = self._open(where, provider.proxy)
-        return dataclasses.replace(provider, proxy=a_proxy_url(file.value, f"{where}: {file.path}"))
+        return provider._replace(proxy=a_proxy_url(file.value, f"{where}: {file.path}"))
 
     def _read_keys(self) -> Mapping[str, Key]:
         files = self._key_files.items()
-        read = {name: dataclasses.replace(self._configured[name], secret=file.get()) for name, file in files}
+        read = {name: self._configured[name]._replace(secret=file.get()) for name, file in files}
         return {**self._configured, **read}
 
     def look_again(self) -> List[str]:
@@ -6026,7 +6034,7 @@ class Checkup:
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
         sent = outbound_fields(ours, provider, session, session.value, credential=self._credential())
         seconds = min(provider.timeout_s("connect_timeout_s", self._state.config.limits), self._until - began)
-        target = dataclasses.replace(self.target, provider=dataclasses.replace(provider, connect_timeout_s=seconds))
+        target = self.target._replace(provider=provider._replace(connect_timeout_s=seconds))
         self._phase = "connect"
         upstream = self._state.transport.send(
             OutboundRequest(target, "/models", "GET", sent, None, lambda: False, fresh=True, may_wait=True)
@@ -6110,7 +6118,7 @@ class Checkup:
         """Say which base URL was probably meant, if something answers there."""
         shorter = re.sub("/(v1|responses|chat/completions)$", "", self.target.base_url)
         url = f"{shorter}/v1" if shorter == self.target.base_url else shorter
-        other = Checkup(self._state, dataclasses.replace(self.target, base_url=url), self._until)
+        other = Checkup(self._state, self.target._replace(base_url=url), self._until)
         other.run(may_guess=False)
         answers = [row for row in other.findings if row["phase"] == "HTTP"]
         if any(row["verdict"] == "ok" or row.get("status") in (401, 403) for row in answers):
@@ -6260,7 +6268,7 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     """Return the state for *config*; *folder* is where relative paths of secrets start."""
     # The transport needs the proxies that stand in files, and is there when an issuer is asked.
     credentials = Credentials(config, folder, lambda provider, form: transport.post_form(provider, form))  # noqa: PLW0108
-    config = dataclasses.replace(config, providers=credentials.providers)
+    config = config._replace(providers=credentials.providers)
     transport = Transport(config, demo.connect)
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
     has_places = len(places_of(config, None)) > 1
@@ -6335,7 +6343,7 @@ def share_of(state: State, workers: int) -> State:
     """Return *state* with one process' share of the limits that are for all processes together."""
     config, names = state.config, ("max_connections", "max_buffered_bytes")
     share = {name: math.ceil(getattr(config.limits, name) / workers) for name in names}
-    return state._replace(config=dataclasses.replace(config, limits=dataclasses.replace(config.limits, **share)))
+    return state._replace(config=config._replace(limits=config.limits._replace(**share)))
 
 
 def announce(config: Config, listener: socket.socket) -> None:

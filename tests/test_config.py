@@ -2,13 +2,12 @@
 
 import argparse
 import copy
-import dataclasses
 import json
 import os
 import tempfile
 import typing
 import unittest
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from unittest import mock
 
 import plexus_lite
@@ -73,12 +72,23 @@ def document(where: Sequence[Step] = (), **changes: Any) -> Dict[str, Any]:
     return whole
 
 
+class Row(NamedTuple):
+    """A configuration key: the plexus_lite.Setting behind it, its name and the type that its class declares."""
+
+    name: str
+    setting: Any
+    hint: Any
+
+
+def rows_of(cls: Any) -> List[Row]:
+    return [Row(name, one, hint_of(cls, name)) for name, one in cls.rows.items() if one.text]
+
+
 def settings() -> Iterator[Tuple[Any, Sequence[Step], str, Any]]:
-    """Yield (class, way to its object, path of the setting, dataclass field) for every configuration key."""
+    """Yield (class, way to its object, path of the setting, Row) for every configuration key."""
     for cls, where, path in LEVELS:
-        for row in dataclasses.fields(cls):
-            if row.metadata:
-                yield cls, where, f"{path}.{row.name}" if path else row.name, row
+        for row in rows_of(cls):
+            yield cls, where, f"{path}.{row.name}" if path else row.name, row
 
 
 def hint_of(cls: Any, name: str) -> Any:
@@ -160,7 +170,7 @@ class EveryKey(ConfigTest):
 
     def test_an_unknown_key_is_refused_at_every_level_and_the_allowed_ones_are_listed(self):
         for cls, where, path in LEVELS:
-            allowed = ", ".join(sorted(row.name for row in dataclasses.fields(cls) if row.metadata))
+            allowed = ", ".join(sorted(row.name for row in rows_of(cls)))
             with self.subTest(cls.__name__):
                 full = f"{path}.surprise" if path else "surprise"
                 message = self.assertRefused(document(where, surprise=1), full + ": ")
@@ -183,7 +193,7 @@ class EveryKey(ConfigTest):
 
     def test_a_required_key_that_is_missing_is_named(self):
         for _, where, path, row in settings():
-            if row.default is dataclasses.MISSING and row.default_factory is dataclasses.MISSING:
+            if row.setting.default is plexus_lite.REQUIRED:
                 whole = document()
                 place: Any = whole
                 for step in where:
@@ -197,13 +207,13 @@ class EveryKey(ConfigTest):
         seen = 0
         for cls, where, path, row in settings():
             # Of the containers every kind of container is tried elsewhere; here, what is none.
-            good = kinds_of.get(hint_of(cls, row.name), ("a string", "a list", "an object"))
+            good = kinds_of.get(row.hint, ("a string", "a list", "an object"))
             for kind, value in JSON_KINDS:
                 if kind in good:
                     continue
                 with self.subTest(path, kind=kind):
                     message = self.assertRefused(document(where, **{row.name: value}), path + ": expected ")
-                    if row.repr:
+                    if not row.setting.is_secret:
                         self.assertIn(f", found {plexus_lite.describe(value)}", message)
                     seen += 1
         self.assertGreater(seen, 100)
@@ -222,7 +232,7 @@ class EveryKey(ConfigTest):
 
     def test_numbers_have_bounds_and_no_other_spelling(self):
         for cls, where, path, row in settings():
-            hint = hint_of(cls, row.name)
+            hint = row.hint
             if hint not in (int, float):
                 continue
             rows = [("negative", -1), ("huge", 2**60), ("a string", "5"), ("infinite", float("inf"))]
@@ -235,7 +245,7 @@ class EveryKey(ConfigTest):
 
     def test_an_empty_string_is_refused_everywhere(self):
         for cls, where, path, row in settings():
-            if hint_of(cls, row.name) is str:
+            if row.hint is str:
                 with self.subTest(path):
                     self.assertRefused(document(where, **{row.name: ""}), path + ": expected ")
 
@@ -267,7 +277,7 @@ class EveryKey(ConfigTest):
     def test_zero_means_none_only_where_the_contract_says_so(self):
         may_be_zero = {"port", "limits.drain_s", "limits.keepalive_s", "providers.up.wait_on_429_s"}
         for cls, where, path, row in settings():
-            if hint_of(cls, row.name) in (int, float):
+            if row.hint in (int, float):
                 with self.subTest(path):
                     if path in may_be_zero:
                         plexus_lite.parse_config(document(where, **{row.name: 0}))
@@ -278,12 +288,11 @@ class EveryKey(ConfigTest):
         reference = plexus_lite.render_reference()
         prefixes = ("", "keys.NAME.", "providers.NAME.", "models.NAME.", "models.NAME.targets[].", "limits.")
         for (cls, _, _), prefix in zip(LEVELS, prefixes):
-            for row in dataclasses.fields(cls):
-                if row.metadata:
-                    with self.subTest(prefix + row.name):
-                        lines = [line for line in reference.splitlines() if line.split()[0] == prefix + row.name]
-                        self.assertEqual(len(lines), 1)
-                        self.assertIn(row.metadata["text"], lines[0])
+            for row in rows_of(cls):
+                with self.subTest(prefix + row.name):
+                    lines = [line for line in reference.splitlines() if line.split()[0] == prefix + row.name]
+                    self.assertEqual(len(lines), 1)
+                    self.assertIn(row.setting.text, lines[0])
         self.assertIn("(15)", reference)
         self.assertIn("(required)", reference)
 
@@ -753,7 +762,7 @@ class Files(ConfigTest):
 
     def test_the_command_line_names_file_path_and_what_is_allowed_and_exits_with_2(self):
         provider = {"api_base_urll": "http://up/v1", "models": ["m"]}
-        allowed = ", ".join(sorted(row.name for row in dataclasses.fields(plexus_lite.Provider) if row.metadata))
+        allowed = ", ".join(sorted(row.name for row in rows_of(plexus_lite.Provider)))
         rows = (
             (
                 "unknown key",

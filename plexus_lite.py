@@ -293,8 +293,8 @@ class ConfigError(Exception):
 # ---------------------------------------------------------------------------
 
 APIS: Final = ("responses", "chat")
-OAUTH: Final = "oauth://"
 DEMO: Final = "demo://"
+OAUTH: Final = "oauth://"
 Check = Callable[[Any, str], Any]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
 T = TypeVar("T")
 V = TypeVar("V", bound="Value")
@@ -312,8 +312,8 @@ def describe(value: object) -> str:
     return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
 
 
-def expect(wanted: str, holds: Callable[[Any], object], hidden: Union[type, Tuple[()]] = ()) -> Check:
-    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value that is a *hidden*."""
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check:
+    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
     def check(value: Any, path: str) -> Any:
         if not holds(value):
@@ -324,13 +324,13 @@ def expect(wanted: str, holds: Callable[[Any], object], hidden: Union[type, Tupl
     return check
 
 
-def a_number(minimum: float, maximum: float, kinds: Tuple[type, ...] = (int, float)) -> Check:
-    """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
+def a_number(minimum: float, maximum: float, *kinds: type) -> Check:
+    """Return a check for a number of *kinds* from *minimum* to *maximum*; true and false are no numbers."""
     wanted = f"a{'' if float in kinds else ' whole'} number from {minimum:g} to {maximum:g}"
     return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, hidden: Union[type, Tuple[()]] = ()) -> Check:
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check:
     return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
@@ -343,96 +343,40 @@ def a_list(check: Check, wanted: str, least: int = 0) -> Check:
     return lambda value, path: tuple(check(item, f"{path}[{at}]") for at, item in enumerate(is_list(value, path)))
 
 
-def an_object(wanted: str = "an object") -> Check:
+def is_object(wanted: str = "an object") -> Check:
     """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
     return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
 def a_map(check: Check, wanted: str = "an object") -> Check:
     """Return a check for an object that has what *check* checks under names of the user's choice."""
-    is_object = an_object(wanted)
 
     def check_map(value: Any, path: str) -> Dict[str, Any]:
-        if "" in is_object(value, path):
+        if "" in is_object(wanted)(value, path):
             raise ConfigError(path, "a name must not be empty")
         return {name: check(item, f"{path}.{name}") for name, item in value.items()}
 
     return check_map
 
 
-def check_keys(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
-    """Return *value* if it is an object with no keys but the *allowed* ones."""
-    found: Dict[str, Any] = an_object()(value, path)
-    for key in found:
-        if key not in allowed:
-            raise ConfigError(join_path(path, key), f"unknown key; allowed: {', '.join(sorted(allowed))}")
-    return found
+def an_object(checks: Mapping[str, Check]) -> Check:
+    """Return a check for an object that has some of the keys in *checks* and no others."""
 
+    def check_object(value: Any, path: str) -> Dict[str, Any]:
+        for name in is_object()(value, path):
+            if name not in checks:
+                raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(checks))}")
+        return {name: checks[name](item, join_path(path, name)) for name, item in value.items()}
 
-class Setting(NamedTuple):
-    """A member of a Value.  One that has a *text* is a key of the file: its name, default, check and description."""
-
-    default: Any = REQUIRED
-    check: Check = lambda value, path: value
-    text: str = ""
-    is_secret: bool = False  # kept out of every repr, and so out of every traceback
-
-
-setting: Final[Callable[..., Any]] = Setting  # what it returns stands for a value of the type that is annotated there
-
-
-class Value:
-    """An object that never changes, equal to one with equal members: those that `name: type = setting(...)` declares.
-
-    Not a dataclass: to import those and to make our classes of them takes longer than all else that is read here.
-    """
-
-    rows: ClassVar[Mapping[str, Setting]]
-
-    def __init_subclass__(cls) -> None:
-        cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
-
-    def __init__(self, *values: Any, **named: Any) -> None:
-        given = {**dict(zip(self.rows, values)), **named}
-        members = {name: given.pop(name, row.default) for name, row in self.rows.items()}
-        if given or REQUIRED in members.values():
-            raise TypeError(f"{type(self).__name__} has the members {', '.join(self.rows)}; given: {', '.join(named)}")
-        vars(self).update(members)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__}.{name} cannot be set; see _replace")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, type(self)) and self._asdict() == other._asdict()
-
-    def __repr__(self) -> str:
-        shown = (f"{name}={value!r}" for name, value in self._asdict().items() if not self.rows[name].is_secret)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def _asdict(self) -> Dict[str, Any]:
-        return {name: getattr(self, name) for name in self.rows}
-
-    def _replace(self: V, **changes: Any) -> V:
-        """Return a copy with these *changes*, as that of a NamedTuple."""
-        return type(self)(**{**self._asdict(), **changes})
-
-    @classmethod
-    def parse(cls: Type[V], value: Any, path: str) -> V:
-        """Return what the object *value*, which stands at *path* of the file, describes."""
-        rows = {name: row for name, row in cls.rows.items() if row.text}
-        found = check_keys(value, path, rows)
-        for name, row in rows.items():
-            if row.default is REQUIRED and name not in found:
-                raise ConfigError(join_path(path, name), "missing; it must be set")
-        return cls(**{name: rows[name].check(item, join_path(path, name)) for name, item in found.items()})
+    return check_object
 
 
 a_string: Final = expect("a non-empty string", lambda value: isinstance(value, str) and value)
 a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
-a_time: Final = a_number(0.001, 86400)
-a_time_or_0: Final = a_number(0, 86400)
-a_size: Final = a_number(1024, 2**40, (int,))
-a_price: Final = a_number(0, 10**6)
+a_time: Final = a_number(0.001, 86400, int, float)
+a_time_or_0: Final = a_number(0, 86400, int, float)
+a_size: Final = a_number(1024, 2**40, int)
+a_price: Final = a_number(0, 10**6, int, float)
 model_names: Final = a_list(a_string, "a list of model names")
 an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
 a_worker_count: Final = expect(
@@ -441,10 +385,10 @@ a_worker_count: Final = expect(
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
 a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", hidden=object
+    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", object
 )
 a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", hidden=object
+    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
 )
 a_token: Final = a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")
 
@@ -457,46 +401,45 @@ def a_field_name(value: Any, path: str) -> str:
 
 
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    names = [a_field_name(name, f"{path}.{name}").lower() for name in value] if isinstance(value, dict) else []
-    fields = a_map(a_field_value, "an object of header names and values")(value, path)
-    for index, name in enumerate(fields):
-        if names[index] in names[:index]:
+    seen: Set[str] = set()
+    for name in value if isinstance(value, dict) else ():
+        if a_field_name(name, f"{path}.{name}").lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
-    return tuple(fields.items())
+        seen.add(name.lower())
+    return tuple(a_map(a_field_value, "an object of header names and values")(value, path).items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
+    if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
+        raise problem
     try:
-        if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
-            raise problem
         parts = urllib.parse.urlsplit(value)
-        host, port = parts.hostname or "", parts.port  # the port is looked at only when it is asked for
+        host = parts.hostname or ""
         if "[" in parts.netloc:
             ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
-        # A label that is empty or has more than 63 characters makes getaddrinfo raise; a name may end with a dot.
-        if parts.scheme not in ("http", "https") or port == 0 or not re.fullmatch(r"([^.]{1,63}(\.|$))+", host):
+        # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
+        if parts.port == 0 or not re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host):
             raise problem
-    except ValueError:
+    except ValueError:  # the port is looked at only when it is asked for
         raise problem from None
     return parts
 
 
 def a_base_url(value: Any, path: str) -> str:
-    """Return the URL *value*, http(s)://host[:port][/path], without a trailing slash."""
-    wanted = f'expected a base URL like "https://host/v1" (or "{DEMO}"), found {describe(value)}'
-    parts = split_url(value, ConfigError(path, wanted))
+    """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
+    wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
+    parts = split_url(value, ConfigError(path, f"{wanted}, found {describe(value)}"))
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
-    """Return the base URLs in *value*, one or a list; those that are built in are among them."""
+def a_replica(value: Any, path: str) -> str:
+    return str(value) if value in (DEMO, OAUTH) else a_base_url(value, path)
 
-    def a_replica(url: Any, path: str) -> str:
-        return str(url) if url in (DEMO, OAUTH) else a_base_url(url, path)
 
+def replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
         return (a_replica(value, path),)
     urls: Tuple[str, ...] = a_list(a_replica, "at least one base URL", least=1)(value, path)
@@ -508,32 +451,30 @@ def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
-        return {"responses": replica_urls(value, path)}
-    found = {api: replica_urls(urls, f"{path}.{api}") for api, urls in check_keys(value, path, APIS).items()}
+        return {"responses": replicas(value, path)}
+    found: Mapping[str, Tuple[str, ...]] = an_object(dict.fromkeys(APIS, replicas))(value, path)
     if not found:
         raise ConfigError(path, "expected at least one of: chat, responses")
     if DEMO in found.get("chat", ()):
-        raise ConfigError(f"{path}.chat", f"{DEMO} speaks the Responses API only")
+        raise ConfigError(f"{path}.chat", "demo:// speaks the Responses API only")
     return found
 
 
 def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
-
-    def access(entry: Any, path: str) -> FrozenSet[str]:
-        found = check_keys(entry, path, ("access_via",))
-        return frozenset(an_api_list(found.get("access_via", list(APIS)), f"{path}.access_via"))
-
     if isinstance(value, list):
         return dict.fromkeys(model_names(value, path), frozenset(APIS))
-    models: Mapping[str, FrozenSet[str]] = a_map(access, "a list of model names, or an object")(value, path)
-    return models
+    found = a_map(an_object({"access_via": an_api_list}), "a list of model names, or an object")(value, path)
+    return {name: frozenset(entry.get("access_via", APIS)) for name, entry in found.items()}
 
 
-class ForwardProxy(Value):
-    host: str = setting()
-    port: int = setting()
-    credentials: bytes = setting(is_secret=True)  # user:password, b"" for none
+class ForwardProxy(NamedTuple):
+    host: str
+    port: int
+    credentials: bytes  # user:password, b"" for none
+
+    def __repr__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:
@@ -564,16 +505,70 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
         raise ConfigError(path, wanted)
     if parts.scheme == "https":
         raise ConfigError(path, "TLS to the proxy itself is not supported; use http://")
-    user = f"{parts.username or ''}:{parts.password or ''}"
-    credentials = b"" if user == ":" else urllib.parse.unquote_to_bytes(user)
-    return ForwardProxy(parts.hostname, parts.port or 80, credentials)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    credentials = urllib.parse.unquote_to_bytes(f"{user}:{password}") if user or password else b""
+    return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
+
+
+class Setting(NamedTuple):
+    """A key of the file; its name is that of the member it is assigned to."""
+
+    default: Any
+    check: Check
+    text: str  # for the reference
+    is_secret: bool = False  # kept out of every repr, and so out of every traceback
+
+
+setting: Final[Callable[..., Any]] = Setting  # typed as Any: the member will hold what is annotated beside it
+
+
+class Value:
+    """What an object of the file says: its keys are the members `name: type = setting(...)` of a subclass.  Immutable.
+
+    Not a dataclass: to import those, and to make these classes of them, takes longer than all else that is done here.
+    """
+
+    rows: ClassVar[Mapping[str, Setting]]
+
+    def __init_subclass__(cls) -> None:
+        cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        members = {name: row.default for name, row in self.rows.items()}
+        members.update(zip(self.rows, values), **named)
+        if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
+            raise TypeError(f"{type(self).__name__} needs or has no member of that name: {', '.join(named)}")
+        vars(self).update(members)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} cannot be set; see _replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _replace(self: V, **changes: Any) -> V:
+        """Return a copy with *changes*, as that of a NamedTuple does."""
+        return type(self)(**{**vars(self), **changes})
+
+    @classmethod
+    def parse(cls: Type[V], value: Any, path: str) -> V:
+        """Return what the object *value*, which stands at *path* of the file, says."""
+        found = an_object({name: row.check for name, row in cls.rows.items()})(value, path)
+        for name, row in cls.rows.items():
+            if row.default is REQUIRED and name not in found:
+                raise ConfigError(join_path(path, name), "missing; it must be set")
+        return cls(**found)
 
 
 class Limits(Value):
     max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
     max_buffered_bytes: int = setting(1024 * MIB, a_size, "request bodies held at one time, all clients together")
     max_header_bytes: int = setting(64 * KIB, a_size, "largest head of a request, and of an upstream's answer")
-    max_connections: int = setting(1024, a_number(1, 10**6, (int,)), "client connections at one time")
+    max_connections: int = setting(1024, a_number(1, 10**6, int), "client connections at one time")
     header_timeout_s: float = setting(15, a_time, "for the whole head of a request")
     body_timeout_s: float = setting(60, a_time, "for the whole body of a request")
     connect_timeout_s: float = setting(10, a_time, "to reach an upstream, TLS included")
@@ -588,7 +583,7 @@ class Limits(Value):
 
 
 class Key(Value):
-    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", is_secret=True)
+    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", True)
     models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
     admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
 
@@ -608,7 +603,7 @@ class Provider(Value):
     models: Mapping[str, FrozenSet[str]] = setting(
         REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", is_secret=True)
+    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", True)
     auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
     auth_file: Optional[str] = setting(None, a_string, "of oauth://; default: the Codex CLI's auth.json")
     oauth_refresh: bool = setting(False, a_flag, "of oauth://: renew the tokens in auth_file here")
@@ -634,7 +629,21 @@ class Provider(Value):
     first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
     idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
     enabled: bool = setting(True, a_flag, "false takes it out")
-    name: str = setting("")
+    name: str = ""
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "Provider":
+        """Return also what its place, providers.NAME, and its oauth:// mean."""
+        provider = super().parse(value, path)._replace(name=path.partition(".")[2])
+        has_sign_in = OAUTH in provider.urls()
+        for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
+            if getattr(provider, member) != cls.rows[member].default:
+                raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
+        if not has_sign_in:
+            return provider
+        if provider.api_base_url != {"responses": (OAUTH,)}:
+            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+        return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
         """Return every base URL once, whatever API it is for."""
@@ -657,8 +666,8 @@ class Provider(Value):
 class AliasTarget(Value):
     provider: str = setting(REQUIRED, a_string, "name of a provider")
     model: str = setting(REQUIRED, a_string, "the provider's name of the model")
-    weight: float = setting(1, a_number(0.001, 1000), "share of the sessions")
-    group: int = setting(1, a_number(1, 1000, (int,)), "used when every target of lower groups is out")
+    weight: float = setting(1, a_number(0.001, 1000, int, float), "share of the sessions")
+    group: int = setting(1, a_number(1, 1000, int), "used when every target of lower groups is out")
     enabled: bool = setting(True, a_flag, "false takes it out")
 
 
@@ -668,14 +677,16 @@ class Alias(Value):
     )
 
 
-class Target(Value):
-    """One place a request can go: a replica of a provider, and the model's name there."""
+class Place(NamedTuple):
+    provider: Provider
+    base_url: str
+    model: str
+    weight: float = 1
+    group: int = 1
 
-    provider: Provider = setting()
-    base_url: str = setting()
-    model: str = setting()
-    weight: float = setting(1)
-    group: int = setting(1)
+
+class Target(Place):
+    """One place a request can go: a replica of a provider, and the model's name there."""
 
     @functools.cached_property
     def id(self) -> str:
@@ -696,7 +707,7 @@ class Tls(Value):
 class Config(Value):
     providers: Mapping[str, Provider] = setting(REQUIRED, a_map(Provider.parse), "upstreams by name")
     host: str = setting("127.0.0.1", a_string, "address to listen on")
-    port: int = setting(4000, a_number(0, 65535, (int,)), "port to listen on; 0 = any free one")
+    port: int = setting(4000, a_number(0, 65535, int), "port to listen on; 0 = any free one")
     tls: Optional[Tls] = setting(None, Tls.parse, "serve https; absent = http")
     keys: Mapping[str, Key] = setting({}, a_map(Key.parse), "clients' keys by name")
     workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
@@ -774,13 +785,12 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
 
 def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
     """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
-    if models is None:
-        enabled = [provider for provider in config.providers.values() if provider.enabled]
-        places = [(provider, url) for provider in enabled for url in provider.api_base_url.get("responses", ())]
-    else:
-        targets = [target for name in models for target in targets_of(config, name, "responses")]
-        places = [(target.provider, target.base_url) for target in targets]
-    return tuple({(provider.name, url): Target(provider, url, "") for provider, url in places}.values())
+    enabled = [provider for provider in config.providers.values() if provider.enabled]
+    places = [Target(one, url, "") for one in enabled for url in one.api_base_url.get("responses", ())]
+    if models is not None:
+        allowed = {target.place for name in models for target in targets_of(config, name, "responses")}
+        places = [target for target in places if target.place in allowed]
+    return tuple(places)
 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
@@ -811,28 +821,14 @@ def check_names(config: Config) -> None:
                 refuse_unknown(f"keys.{name}.models[{index}]", "model", model, model_list(config))
 
 
-def resolve_sign_in(name: str, provider: Provider) -> Provider:
-    """Return *provider* with its name, and with the URL that its oauth:// stands for and "oauth" as its auth."""
-    has_sign_in = OAUTH in provider.urls()
-    for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
-        if getattr(provider, member) != Provider.rows[member].default:
-            raise ConfigError(f"providers.{name}.{member}", f"goes {'not' if has_sign_in else 'only'} with {OAUTH}")
-    if not has_sign_in:
-        return provider._replace(name=name)
-    if provider.api_base_url != {"responses": (OAUTH,)}:
-        raise ConfigError(f"providers.{name}.api_base_url", f"{OAUTH} stands alone: no other URL, no chat")
-    return provider._replace(name=name, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
-
-
 def parse_config(value: Any) -> Config:
     """Return the Config that decoded and expanded JSON describes; ConfigError names the path of what is wrong."""
     config = Config.parse(value, "")
     if not config.providers:
         raise ConfigError("providers", "expected at least one provider")
-    config = config._replace(providers={name: resolve_sign_in(name, one) for name, one in config.providers.items()})
     check_names(config)
     check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
-    if not config.keys and not config.allow_anonymous and not is_loopback(config.host):
+    if not (config.keys or config.allow_anonymous or is_loopback(config.host)):
         remedy = "set keys, or allow_anonymous to true"
         raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
     return config
@@ -855,7 +851,7 @@ def render_reference() -> str:
         for name, row in cls.rows.items():
             note = "required" if row.default is REQUIRED else json.dumps(row.default, default=lambda limits: None)
             note = "" if note in ("null", "[]", "{}") else f" ({note})"
-            lines += [f"  {path + name:<40} {row.text}{note}"] if row.text else []
+            lines.append(f"  {path + name:<40} {row.text}{note}")
     return "\n".join(lines)
 
 

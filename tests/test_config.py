@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 def rows_of(cls: Any) -> List[Row]:
-    return [Row(name, one, hint_of(cls, name)) for name, one in cls.rows.items() if one.text]
+    return [Row(name, one, hint_of(cls, name)) for name, one in cls.rows.items()]
 
 
 def settings() -> Iterator[Tuple[Any, Sequence[Step], str, Any]]:

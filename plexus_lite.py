@@ -63,7 +63,6 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
-import argparse
 import base64
 import bisect
 import collections
@@ -73,6 +72,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import getopt
 import gzip
 import hashlib
 import hmac
@@ -6146,7 +6146,7 @@ def check_upstreams(state: State) -> Dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
+# 17  CLI -- main, parse_options, load_state, STARTER, HELP: options, the configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
 STARTER: Final = """\
@@ -6159,72 +6159,109 @@ STARTER: Final = """\
       "models": ["demo-model"]
     }
   }
-}
+}"""
+HELP: Final = """\
+usage: plexus_lite.py [COMMAND] [OPTION...]
+
+A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
+
+commands:
+  serve              what is done without one
+  init               print a starter configuration
+  check              ask every upstream whether it can be used, at no cost
+  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin
+
+options:
+  --config PATH      configuration (PLEXUS_CONFIG, or config.json beside this file)
+  --host HOST        listen on this address instead of the configuration's
+  --port PORT        listen on this port instead; 0 = any free one
+  --log-file PATH    write the log there instead of stderr; SIGHUP reopens it
+  --log-level LEVEL  error, warning, info (a line for each request; the default) or debug
+  --json             report, check: JSON instead of tables
+  --version, --help
+
+configuration keys (default):
 """
 
 
-def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="plexus_lite.py",
-        description="A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.",
-        epilog="configuration keys (default):\n" + render_reference(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    helps = "; ".join(f"{name}: {row.text}" for name, row in COMMANDS.items())
-    parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS, metavar="COMMAND", help=helps)
-    parser.add_argument("files", nargs="*", metavar="LOG", help="report: access logs, gzipped or not; - is stdin")
-    parser.add_argument("--json", action="store_true", help="report, check: JSON instead of tables")
-    parser.add_argument(
-        "--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)"
-    )
-    parser.add_argument("--host", help="listen on this address instead of the configuration's")
-    parser.add_argument("--port", type=int, help="listen on this port instead; 0 = any free one")
-    parser.add_argument("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
-    parser.add_argument(
-        "--log-level", choices=LEVELS, default="info", help="info has a line for each request (default)"
-    )
-    parser.add_argument("--version", action="version", version=f"plexus_lite {__version__}")
-    options = parser.parse_intermixed_args(arguments)  # the others read no operand that follows an option
-    command = COMMANDS[options.command]
-    if bool(options.files) != command.reads_files:
-        parser.error(f"{options.command} " + ("needs a LOG" if command.reads_files else f"reads no {options.files[0]}"))
-    if options.json and not command.has_json:
-        parser.error(f"{options.command} has no --json")
-    return options
+class Options(NamedTuple):
+    """The command line; None is what it leaves to the configuration."""
+
+    command: str = "serve"
+    files: Sequence[str] = ()
+    config: Optional[str] = None
+    host: Optional[str] = None
+    port: Optional[int] = None
+    log_file: Optional[str] = None
+    log_level: str = "info"
+    json: bool = False
 
 
-def read_config(path: str, options: argparse.Namespace) -> Config:
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it."""
+    names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
+    problem = None
+    try:
+        found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
+    except getopt.GetoptError as error:
+        found, operands, problem = [], [], error.msg
+    given = dict(found)
+    if "-h" in given or "--help" in given:
+        print(HELP + render_reference())
+        raise SystemExit(EXIT_OK)
+    if "--version" in given:
+        print(f"plexus_lite {__version__}")
+        raise SystemExit(EXIT_OK)
+    command, *files = operands or ["serve"]
+    port, level = given.get("--port"), given.get("--log-level", "info")
+    if command not in COMMANDS:
+        problem = f"there is no command {command}"
+    elif bool(files) != (command == "report"):
+        problem = "report needs a LOG" if command == "report" else f"{command} reads no {files[0]}"
+    elif "--json" in given and command not in ("check", "report"):
+        problem = f"{command} has no --json"
+    elif port is not None and not port.isdecimal():
+        problem = f"--port {port} is no number"
+    elif level not in LEVELS:
+        problem = f"--log-level is one of {', '.join(LEVELS)}"
+    if problem:
+        print(f"plexus_lite.py: error: {problem}; see --help", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+    config, host, log_file = (given.get(name) for name in ("--config", "--host", "--log-file"))
+    return Options(command, files, config, host, port and int(port), log_file, level, "--json" in given)
+
+
+def read_config(path: str, options: Options) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
+        if not text.strip():
+            raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
+        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
         raise ConfigError("", f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError("", "is not UTF-8 text") from None
-    if not text.strip():
-        raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-    try:
-        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     value = expand_variables(value, os.environ)
-    for name, given in (("host", options.host), ("port", options.port)):
-        if given is not None and isinstance(value, dict):
-            value[name] = given
+    if isinstance(value, dict):
+        given = {"host": options.host, "port": options.port}
+        value.update((name, one) for name, one in given.items() if one is not None)
     return parse_config(value)
 
 
 def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    members: Dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            raise ConfigError("", f"the key {json.dumps(name)} stands twice in one object")
-        members[name] = value
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise ConfigError("", f"the key {json.dumps(twice)} stands twice in one object")
     return members
 
 
@@ -6234,19 +6271,16 @@ def raise_descriptor_limit(config: Config) -> None:
         return
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    wanted = min(2 * config.limits.max_connections + 256, hard)
-    if soft < wanted:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * config.limits.max_connections + 256
+    if 0 <= soft < wanted:  # -1 is no limit
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limits[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def cores() -> List[int]:
     """Return the cores this process may use."""
-    if sys.platform == "linux":
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
 def bind_to_core(number: int) -> None:
@@ -6272,28 +6306,25 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-def config_path(options: argparse.Namespace) -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    return options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
-
-
-def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
-    path = config_path(options)
+def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(beside)
     try:
         return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:
         raise ConfigError("", f"{path}: {error}") from None
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(options: Options) -> int:
     again = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
     state = again()
+    config = state.config
     try:
         if options.log_file is not None:
             os.close(Log.open(options.log_file))
     except OSError as error:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
-    raise_descriptor_limit(state.config)
+    raise_descriptor_limit(config)
     threading.stack_size(STACK_BYTES)
     # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
     # killed by one that it does not hold, and all of the process with it.
@@ -6302,15 +6333,15 @@ def serve(options: argparse.Namespace) -> int:
     first.start()  # when its first thread ends, Python 3.8 loads libgcc: without a descriptor left it would abort
     first.join()
     try:
-        listener = listen(state.config.host, state.config.port)
+        listener = listen(config.host, config.port)
     except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
         reason = getattr(error, "strerror", None) or error
-        say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
+        say(f"cannot listen on {config.host} port {config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN
-    announce(state.config, listener)
-    workers = len(cores()) if state.config.workers == "auto" else int(state.config.workers)
+    announce(config, listener)
+    workers = len(cores()) if config.workers == "auto" else int(config.workers)
     if workers > 1 and sys.platform == "win32":
-        say(f"{config_path(options)}: workers: this system cannot fork, so one process serves", 2)
+        say("workers: this system cannot fork, so one process serves", 2)
         workers = 1
     shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
@@ -6319,7 +6350,7 @@ def serve(options: argparse.Namespace) -> int:
         return share_of(again(), workers)
 
     def serve_one(number: int) -> int:
-        if state.config.cpu_affinity:
+        if config.cpu_affinity:
             bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
         current = share_of(state, workers)
@@ -6337,45 +6368,42 @@ def serve(options: argparse.Namespace) -> int:
 
 def share_of(state: State, workers: int) -> State:
     """Return *state* with one process' share of the limits that are for all processes together."""
-    config, names = state.config, ("max_connections", "max_buffered_bytes")
-    share = {name: math.ceil(getattr(config.limits, name) / workers) for name in names}
-    return state._replace(config=config._replace(limits=config.limits._replace(**share)))
+    limits = state.config.limits
+    connections, buffered = (-(-whole // workers) for whole in (limits.max_connections, limits.max_buffered_bytes))
+    limits = limits._replace(max_connections=connections, max_buffered_bytes=buffered)
+    return state._replace(config=state.config._replace(limits=limits))
 
 
 def announce(config: Config, listener: socket.socket) -> None:
     """Say on stdout where we listen, the real port first, and what is served."""
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if config.tls else "http"
-    say(f"plexus_lite {__version__} listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+    where = join_authority(*listener.getsockname()[:2])
+    say(f"plexus_lite {__version__} listening on {'https' if config.tls else 'http'}://{where}")
     for name, provider in config.providers.items():
-        urls = ", ".join(provider.urls())
-        say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")
+        off = "" if provider.enabled else " (disabled)"
+        say(f"  {name}: {', '.join(provider.models)} at {', '.join(provider.urls())}{off}")
     for name, alias in config.models.items():
         say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
 
 
-def init(_: argparse.Namespace) -> int:
-    say(STARTER.rstrip("\n"))
+def init(_: Options) -> int:
+    say(STARTER)
     return EXIT_OK
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: Options) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    if options.json:
-        say(json.dumps(found.as_json()))
-    else:
-        # Windows' console takes bytes for another encoding.
-        encoding = getattr(sys.stdout, "encoding", None) or ""
-        bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
-        say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
+    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
+    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    width = shutil.get_terminal_size((100, 24)).columns
+    say(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: Options) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
@@ -6386,18 +6414,11 @@ def check(options: argparse.Namespace) -> int:
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
-class Command(NamedTuple):
-    run: Callable[[argparse.Namespace], int]
-    text: str
-    reads_files: bool = False
-    has_json: bool = False
-
-
-COMMANDS: Final = {
-    "serve": Command(serve, "what is done without one"),
-    "init": Command(init, "print a starter configuration"),
-    "check": Command(check, "ask every upstream whether it can be used, at no cost", has_json=True),
-    "report": Command(report, "say what access logs tell of the cache", reads_files=True, has_json=True),
+COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
+    "serve": serve,
+    "init": init,
+    "check": check,
+    "report": report,
 }
 
 
@@ -6407,9 +6428,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
-    options = parse_options(arguments)
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
-        return COMMANDS[options.command].run(options)
+        return COMMANDS[options.command](options)
     except ConfigError as error:
         say(str(error), 2)
         return EXIT_USAGE

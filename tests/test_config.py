@@ -1,6 +1,5 @@
 """Room 3: what a configuration may hold, and the one line that says where and why it may not."""
 
-import argparse
 import copy
 import json
 import os
@@ -714,7 +713,7 @@ class Files(ConfigTest):
             if content is not None:
                 with open(path, "wb") as file:
                     file.write(content)
-            return plexus_lite.read_config(path, argparse.Namespace(**{"host": None, "port": None, **options}))
+            return plexus_lite.read_config(path, plexus_lite.Options(**options))
 
     def test_the_contract_s_example_with_the_environment_s_variables(self):
         with mock.patch.dict(os.environ, VARIABLES):

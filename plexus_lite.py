@@ -111,11 +111,13 @@ from typing import (
     Dict,
     Final,
     FrozenSet,
+    Generic,
     Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Protocol,
     Sequence,
@@ -295,10 +297,30 @@ class ConfigError(Exception):
 APIS: Final = ("responses", "chat")
 DEMO: Final = "demo://"
 OAUTH: Final = "oauth://"
-Check = Callable[[Any, str], Any]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
 T = TypeVar("T")
+D = TypeVar("D")
 V = TypeVar("V", bound="Value")
-REQUIRED: Final[Any] = ...
+Read = Callable[[Any, str], T]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
+REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is no value that a member could have
+
+
+class Setting(NamedTuple):
+    """A key of the file; its name is that of the member that it is assigned to."""
+
+    default: Any
+    read: "Read[Any]"
+    text: str  # for the reference
+    is_secret: bool  # kept out of every repr, and so out of every traceback
+
+
+class Check(Generic[T]):
+    """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
+
+    def __init__(self, read: "Read[T]") -> None:
+        self.read = read
+
+    def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
+        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Value puts one in its place
 
 
 def join_path(path: str, name: str) -> str:
@@ -312,74 +334,72 @@ def describe(value: object) -> str:
     return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
 
 
-def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check:
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:
     """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
-    def check(value: Any, path: str) -> Any:
+    def read(value: Any, path: str) -> Any:
         if not holds(value):
             found = "" if isinstance(value, hidden) else f", found {describe(value)}"
             raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
-    return check
+    return Check(read)
 
 
-def a_number(minimum: float, maximum: float, *kinds: type) -> Check:
-    """Return a check for a number of *kinds* from *minimum* to *maximum*; true and false are no numbers."""
-    wanted = f"a{'' if float in kinds else ' whole'} number from {minimum:g} to {maximum:g}"
-    return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
+def a_number(kind: Type[T], minimum: float, maximum: float) -> Check[T]:
+    """Return a check for a number from *minimum* to *maximum*, whole if *kind* is int; true and false are none."""
+    wanted = f"a{' whole' if kind is int else ''} number from {minimum:g} to {maximum:g}"
+    return expect(wanted, lambda value: type(value) in (int, kind) and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check:
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check[str]:
     return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
-def one_of(*allowed: str) -> Check:
+def one_of(*allowed: str) -> Check[str]:
     return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(check: Check, wanted: str, least: int = 0) -> Check:
-    is_list = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
-    return lambda value, path: tuple(check(item, f"{path}[{at}]") for at, item in enumerate(is_list(value, path)))
+def a_list(item: Check[T], wanted: str, least: int = 0) -> Check[Tuple[T, ...]]:
+    whole = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
+    return Check(
+        lambda value, path: tuple(item.read(one, f"{path}[{at}]") for at, one in enumerate(whole.read(value, path)))
+    )
 
 
-def is_object(wanted: str = "an object") -> Check:
+def an_object(wanted: str = "an object") -> Check[Dict[str, Any]]:
     """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
     return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
-def a_map(check: Check, wanted: str = "an object") -> Check:
-    """Return a check for an object that has what *check* checks under names of the user's choice."""
+def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
+    """Return a check for an object that has what *item* checks under names of the user's choice."""
 
-    def check_map(value: Any, path: str) -> Dict[str, Any]:
-        if "" in is_object(wanted)(value, path):
+    def read(value: Any, path: str) -> Mapping[str, T]:
+        if "" in an_object(wanted).read(value, path):
             raise ConfigError(path, "a name must not be empty")
-        return {name: check(item, f"{path}.{name}") for name, item in value.items()}
+        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
 
-    return check_map
-
-
-def an_object(checks: Mapping[str, Check]) -> Check:
-    """Return a check for an object that has some of the keys in *checks* and no others."""
-
-    def check_object(value: Any, path: str) -> Dict[str, Any]:
-        for name in is_object()(value, path):
-            if name not in checks:
-                raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(checks))}")
-        return {name: checks[name](item, join_path(path, name)) for name, item in value.items()}
-
-    return check_object
+    return Check(read)
 
 
-a_string: Final = expect("a non-empty string", lambda value: isinstance(value, str) and value)
-a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
-a_time: Final = a_number(0.001, 86400, int, float)
-a_time_or_0: Final = a_number(0, 86400, int, float)
-a_size: Final = a_number(1024, 2**40, int)
-a_price: Final = a_number(0, 10**6, int, float)
+def read_object(value: Any, path: str, reads: Mapping[str, "Read[T]"]) -> Dict[str, T]:
+    """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
+    for name in an_object().read(value, path):
+        if name not in reads:
+            raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
+    return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
+
+
+a_string: Final[Check[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
+a_flag: Final[Check[bool]] = expect("true or false", lambda value: isinstance(value, bool))
+a_time: Final = a_number(float, 0.001, 86400)
+a_time_or_0: Final = a_number(float, 0, 86400)
+a_size: Final = a_number(int, 1024, 2**40)
+a_price: Final = a_number(float, 0, 10**6)
 model_names: Final = a_list(a_string, "a list of model names")
 an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
-a_worker_count: Final = expect(
+a_worker_count: Final[Check[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
@@ -393,20 +413,21 @@ a_field_value: Final = a_text(
 a_token: Final = a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")
 
 
+@Check
 def a_field_name(value: Any, path: str) -> str:
-    name: str = a_token(value, path)
-    if name.lower() in HOP_BY_HOP | {"content-length", "expect"}:
-        raise ConfigError(path, f"{name} belongs to the connection and cannot be set")
-    return name
+    if a_token.read(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+        raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
+    return str(value)
 
 
+@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     seen: Set[str] = set()
     for name in value if isinstance(value, dict) else ():
-        if a_field_name(name, f"{path}.{name}").lower() in seen:
+        if a_field_name.read(name, f"{path}.{name}").lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
         seen.add(name.lower())
-    return tuple(a_map(a_field_value, "an object of header names and values")(value, path).items())
+    return tuple(a_map(a_field_value, "an object of header names and values").read(value, path).items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
@@ -426,6 +447,7 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     return parts
 
 
+@Check
 def a_base_url(value: Any, path: str) -> str:
     """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
     wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
@@ -435,24 +457,26 @@ def a_base_url(value: Any, path: str) -> str:
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
+@Check
 def a_replica(value: Any, path: str) -> str:
-    return str(value) if value in (DEMO, OAUTH) else a_base_url(value, path)
+    return str(value) if value in (DEMO, OAUTH) else a_base_url.read(value, path)
 
 
-def replicas(value: Any, path: str) -> Tuple[str, ...]:
+def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
-        return (a_replica(value, path),)
-    urls: Tuple[str, ...] = a_list(a_replica, "at least one base URL", least=1)(value, path)
+        return (a_replica.read(value, path),)
+    urls = a_list(a_replica, "at least one base URL", least=1).read(value, path)
     if len(set(urls)) < len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
 
 
+@Check
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
-        return {"responses": replicas(value, path)}
-    found: Mapping[str, Tuple[str, ...]] = an_object(dict.fromkeys(APIS, replicas))(value, path)
+        return {"responses": read_replicas(value, path)}
+    found = read_object(value, path, dict.fromkeys(APIS, read_replicas))
     if not found:
         raise ConfigError(path, "expected at least one of: chat, responses")
     if DEMO in found.get("chat", ()):
@@ -460,12 +484,17 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     return found
 
 
-def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
+@Check
+def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
+
+    @Check
+    def access(entry: Any, path: str) -> Tuple[str, ...]:
+        return read_object(entry, path, {"access_via": an_api_list.read}).get("access_via", APIS)
+
     if isinstance(value, list):
-        return dict.fromkeys(model_names(value, path), frozenset(APIS))
-    found = a_map(an_object({"access_via": an_api_list}), "a list of model names, or an object")(value, path)
-    return {name: frozenset(entry.get("access_via", APIS)) for name, entry in found.items()}
+        return dict.fromkeys(model_names.read(value, path), APIS)
+    return a_map(access, "a list of model names, or an object").read(value, path)
 
 
 class ForwardProxy(NamedTuple):
@@ -490,6 +519,7 @@ def join_authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@Check
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
     """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
     if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
@@ -510,20 +540,8 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
     return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
 
 
-class Setting(NamedTuple):
-    """A key of the file; its name is that of the member it is assigned to."""
-
-    default: Any
-    check: Check
-    text: str  # for the reference
-    is_secret: bool = False  # kept out of every repr, and so out of every traceback
-
-
-setting: Final[Callable[..., Any]] = Setting  # typed as Any: the member will hold what is annotated beside it
-
-
 class Value:
-    """What an object of the file says: its keys are the members `name: type = setting(...)` of a subclass.  Immutable.
+    """What an object of the file says: a subclass declares its keys as members, by calls of a Check.  Immutable.
 
     Not a dataclass: to import those, and to make these classes of them, takes longer than all else that is done here.
     """
@@ -546,6 +564,8 @@ class Value:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and vars(self) == vars(other)
 
+    __hash__ = None  # type: ignore[assignment]  # some members are dictionaries
+
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -557,7 +577,7 @@ class Value:
     @classmethod
     def parse(cls: Type[V], value: Any, path: str) -> V:
         """Return what the object *value*, which stands at *path* of the file, says."""
-        found = an_object({name: row.check for name, row in cls.rows.items()})(value, path)
+        found = read_object(value, path, {name: row.read for name, row in cls.rows.items()})
         for name, row in cls.rows.items():
             if row.default is REQUIRED and name not in found:
                 raise ConfigError(join_path(path, name), "missing; it must be set")
@@ -565,70 +585,66 @@ class Value:
 
 
 class Limits(Value):
-    max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
-    max_buffered_bytes: int = setting(1024 * MIB, a_size, "request bodies held at one time, all clients together")
-    max_header_bytes: int = setting(64 * KIB, a_size, "largest head of a request, and of an upstream's answer")
-    max_connections: int = setting(1024, a_number(1, 10**6, int), "client connections at one time")
-    header_timeout_s: float = setting(15, a_time, "for the whole head of a request")
-    body_timeout_s: float = setting(60, a_time, "for the whole body of a request")
-    connect_timeout_s: float = setting(10, a_time, "to reach an upstream, TLS included")
-    first_byte_timeout_s: float = setting(600, a_time, "until an upstream's answer begins")
-    idle_timeout_s: float = setting(300, a_time, "an upstream silent in the middle of an answer")
-    stall_timeout_s: float = setting(300, a_time, "a client that does not read its answer")
-    client_idle_s: float = setting(75, a_time, "a client's connection without a request")
-    pool_idle_s: float = setting(60, a_time, "an upstream connection without a request; at most 128 idle per target")
-    drain_s: float = setting(30, a_time_or_0, "running answers may take this long after SIGTERM")
-    keepalive_s: float = setting(15, a_time_or_0, "comment after this silence in an event stream; 0 = none")
-    pin_idle_s: float = setting(1800, a_time, "a session moved by a failover returns after this much idle time")
+    max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
+    max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
+    max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
+    max_connections = a_number(int, 1, 10**6)(1024, "client connections at one time")
+    header_timeout_s = a_time(15, "for the whole head of a request")
+    body_timeout_s = a_time(60, "for the whole body of a request")
+    connect_timeout_s = a_time(10, "to reach an upstream, TLS included")
+    first_byte_timeout_s = a_time(600, "until an upstream's answer begins")
+    idle_timeout_s = a_time(300, "an upstream silent in the middle of an answer")
+    stall_timeout_s = a_time(300, "a client that does not read its answer")
+    client_idle_s = a_time(75, "a client's connection without a request")
+    pool_idle_s = a_time(60, "an upstream connection without a request; at most 128 idle per target")
+    drain_s = a_time_or_0(30, "running answers may take this long after SIGTERM")
+    keepalive_s = a_time_or_0(15, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
 
 
 class Key(Value):
-    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", True)
-    models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
-    admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
+    secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
+    models = model_names(None, "the only models it may use; absent = all")
+    admin = a_flag(False, "the status page shows it the sessions of all keys")
 
 
 class Price(Value):
-    input: float = setting(REQUIRED, a_price, "per million input tokens that were not cached")
-    cached: float = setting(REQUIRED, a_price, "per million cached input tokens")
-    output: float = setting(0, a_price, "per million output tokens")
+    input = a_price(REQUIRED, "per million input tokens that were not cached")
+    cached = a_price(REQUIRED, "per million cached input tokens")
+    output = a_price(0, "per million output tokens")
 
 
 class Provider(Value):
-    api_base_url: Mapping[str, Tuple[str, ...]] = setting(
-        REQUIRED,
-        base_urls,
-        'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below',
+    api_base_url = base_urls(
+        REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
     )
-    models: Mapping[str, FrozenSet[str]] = setting(
-        REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
+    models = provider_models(
+        REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", True)
-    auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
-    auth_file: Optional[str] = setting(None, a_string, "of oauth://; default: the Codex CLI's auth.json")
-    oauth_refresh: bool = setting(False, a_flag, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url: str = setting("https://chatgpt.com/backend-api/codex", a_base_url, "what oauth:// stands for")
-    oauth_token_url: str = setting("https://auth.openai.com/oauth/token", a_base_url, "who renews the tokens")
-    oauth_client_id: str = setting("app_EMoamEEZ73f0CkXaXp7hrann", a_string, "for whom: the Codex CLI's public id")
-    account: Optional[str] = setting(None, a_string, "who can read its encrypted_content; default: the provider")
-    headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", True)
-    session_headers: Tuple[str, ...] = setting(
-        SESSION_SPELLINGS, a_list(one_of(*SESSION_SPELLINGS), "a list of spellings"), "the spellings that leave"
+    api_key = a_secret(None, "sent as Authorization: Bearer; or file:PATH", True)
+    auth = one_of("key", "passthrough")("key", '"passthrough" sends the client\'s own credentials')
+    auth_file = a_string(None, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh = a_flag(False, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url = a_base_url("https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
+    oauth_token_url = a_base_url("https://auth.openai.com/oauth/token", "who renews the tokens")
+    oauth_client_id = a_string("app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
+    account = a_string(None, "who can read its encrypted_content; default: the provider")
+    headers = header_fields((), "static headers; they win over all", True)
+    session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
+        SESSION_SPELLINGS, "the spellings that leave"
     )
-    affinity_headers: Tuple[str, ...] = setting(
-        (), a_list(a_field_name, "a list of header names"), "further headers that receive the session value"
+    affinity_headers = a_list(a_field_name, "a list of header names")(
+        (), "further headers that receive the session value"
     )
-    wait_on_429_s: float = setting(0, a_time_or_0, "wait this long in all before a 429 is handed on")
-    ca_file: Optional[str] = setting(None, a_string, "PEM file of CAs, added to the system's roots")
-    client_cert: Optional[str] = setting(None, a_string, "PEM file of our certificate, for upstreams that ask for one")
-    client_key: Optional[str] = setting(None, a_string, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy: Union[str, ForwardProxy, None] = setting(
-        None, a_proxy, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True
-    )
-    connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
-    first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
-    idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
-    enabled: bool = setting(True, a_flag, "false takes it out")
+    wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")
+    ca_file = a_string(None, "PEM file of CAs, added to the system's roots")
+    client_cert = a_string(None, "PEM file of our certificate, for upstreams that ask for one")
+    client_key = a_string(None, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy = a_proxy(None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True)
+    connect_timeout_s = a_time(None, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s = a_time(None, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s = a_time(None, "overrides limits.idle_timeout_s")
+    enabled = a_flag(True, "false takes it out")
     name: str = ""
 
     @classmethod
@@ -664,20 +680,18 @@ class Provider(Value):
 
 
 class AliasTarget(Value):
-    provider: str = setting(REQUIRED, a_string, "name of a provider")
-    model: str = setting(REQUIRED, a_string, "the provider's name of the model")
-    weight: float = setting(1, a_number(0.001, 1000, int, float), "share of the sessions")
-    group: int = setting(1, a_number(1, 1000, int), "used when every target of lower groups is out")
-    enabled: bool = setting(True, a_flag, "false takes it out")
+    provider = a_string(REQUIRED, "name of a provider")
+    model = a_string(REQUIRED, "the provider's name of the model")
+    weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
+    group = a_number(int, 1, 1000)(1, "used when every target of lower groups is out")
+    enabled = a_flag(True, "false takes it out")
 
 
 class Alias(Value):
-    targets: Tuple[AliasTarget, ...] = setting(
-        REQUIRED, a_list(AliasTarget.parse, "at least one target", least=1), "where the alias leads"
-    )
+    targets = a_list(Check(AliasTarget.parse), "at least one target", least=1)(REQUIRED, "where the alias leads")
 
 
-class Place(NamedTuple):
+class Replica(NamedTuple):
     provider: Provider
     base_url: str
     model: str
@@ -685,7 +699,7 @@ class Place(NamedTuple):
     group: int = 1
 
 
-class Target(Place):
+class Target(Replica):
     """One place a request can go: a replica of a provider, and the model's name there."""
 
     @functools.cached_property
@@ -700,23 +714,23 @@ class Target(Place):
 
 
 class Tls(Value):
-    cert: str = setting(REQUIRED, a_string, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
-    key: Optional[str] = setting(None, a_string, "PEM file of its private key; absent = it is in cert")
+    cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key = a_string(None, "PEM file of its private key; absent = it is in cert")
 
 
 class Config(Value):
-    providers: Mapping[str, Provider] = setting(REQUIRED, a_map(Provider.parse), "upstreams by name")
-    host: str = setting("127.0.0.1", a_string, "address to listen on")
-    port: int = setting(4000, a_number(0, 65535, int), "port to listen on; 0 = any free one")
-    tls: Optional[Tls] = setting(None, Tls.parse, "serve https; absent = http")
-    keys: Mapping[str, Key] = setting({}, a_map(Key.parse), "clients' keys by name")
-    workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
-    cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
-    allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
-    hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
-    models: Mapping[str, Alias] = setting({}, a_map(Alias.parse), "aliases by name")
-    prices: Mapping[str, Price] = setting({}, a_map(Price.parse), "by model name")
-    limits: Limits = setting(Limits(), Limits.parse, "sizes, times")
+    providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
+    host = a_string("127.0.0.1", "address to listen on")
+    port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
+    tls = Check(Tls.parse)(None, "serve https; absent = http")
+    keys = a_map(Check(Key.parse))({}, "clients' keys by name")
+    workers = a_worker_count(1, 'processes that share the port; "auto" = one per core')
+    cpu_affinity = a_flag(True, "bind each process to a core: threads that share a GIL lose by moving")
+    allow_anonymous = a_flag(False, "listen beyond loopback without keys")
+    hosts = a_list(a_string, "a list of host names")((), "names a Host header may have")
+    models = a_map(Check(Alias.parse))({}, "aliases by name")
+    prices = a_map(Check(Price.parse))({}, "by model name")
+    limits = Check(Limits.parse)(Limits(), "sizes, times")
 
 
 def is_loopback(host: str) -> bool:
@@ -6228,7 +6242,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         print(f"plexus_lite.py: error: {problem}; see --help", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
     config, host, log_file = (given.get(name) for name in ("--config", "--host", "--log-file"))
-    return Options(command, files, config, host, port and int(port), log_file, level, "--json" in given)
+    return Options(command, files, config, host, int(port) if port else None, log_file, level, "--json" in given)
 
 
 def read_config(path: str, options: Options) -> Config:
@@ -6280,7 +6294,9 @@ def raise_descriptor_limit(config: Config) -> None:
 
 def cores() -> List[int]:
     """Return the cores this process may use."""
-    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def bind_to_core(number: int) -> None:

@@ -423,11 +423,11 @@ def a_field_name(value: Any, path: str) -> str:
 @Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     seen: Set[str] = set()
-    for name in value if isinstance(value, dict) else ():
+    for name in an_object("an object of header names and values").read(value, path):
         if a_field_name.read(name, f"{path}.{name}").lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
         seen.add(name.lower())
-    return tuple(a_map(a_field_value, "an object of header names and values").read(value, path).items())
+    return tuple(a_map(a_field_value).read(value, path).items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
@@ -487,14 +487,11 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
 @Check
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
-
-    @Check
-    def access(entry: Any, path: str) -> Tuple[str, ...]:
-        return read_object(entry, path, {"access_via": an_api_list.read}).get("access_via", APIS)
-
     if isinstance(value, list):
         return dict.fromkeys(model_names.read(value, path), APIS)
-    return a_map(access, "a list of model names, or an object").read(value, path)
+    entry = Check(lambda value, path: read_object(value, path, {"access_via": an_api_list.read}))
+    entries = a_map(entry, "a list of model names, or an object").read(value, path)
+    return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
 
 
 class ForwardProxy(NamedTuple):
@@ -535,9 +532,9 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
         raise ConfigError(path, wanted)
     if parts.scheme == "https":
         raise ConfigError(path, "TLS to the proxy itself is not supported; use http://")
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-    credentials = urllib.parse.unquote_to_bytes(f"{user}:{password}") if user or password else b""
-    return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
+    user = parts.netloc.rpartition("@")[0]
+    user += ":" if user and ":" not in user else ""  # RFC 7617: it is there even if no password is
+    return ForwardProxy(parts.hostname or "", parts.port or 80, urllib.parse.unquote_to_bytes(user))
 
 
 class Value:
@@ -779,13 +776,12 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
     Looked for in this order: an alias; direct/<provider>/<model>; the providers that name the model; those that
     have "*", unless the name is configured anywhere.
     """
-    prefix, _, rest = model.partition("/")
-    name, _, upstream_model = rest.partition("/")
-    entries: Iterable[AliasTarget] = ()
+    direct, *names = model.split("/", 2)
+    entries: Sequence[AliasTarget] = ()
     if model in config.models:
         entries = config.models[model].targets
-    elif prefix == "direct" and name in config.providers and upstream_model:
-        entries = (AliasTarget(name, upstream_model),)
+    elif direct == "direct" and len(names) == 2 and names[0] in config.providers and names[1]:
+        entries = [AliasTarget(*names)]
     elif model != "*":
         named = [name for name, provider in config.providers.items() if model in provider.models]
         entries = [AliasTarget(name, model) for name in named or config.providers]
@@ -6203,46 +6199,42 @@ class Options(NamedTuple):
 
     command: str = "serve"
     files: Sequence[str] = ()
+    json: bool = False
     config: Optional[str] = None
     host: Optional[str] = None
-    port: Optional[int] = None
+    port: Optional[str] = None
     log_file: Optional[str] = None
     log_level: str = "info"
-    json: bool = False
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
     """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it."""
     names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
-    problem = None
     try:
         found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
+        given = {name.lstrip("-").replace("-", "_"): value for name, value in found}
+        if "h" in given or "help" in given:
+            print(HELP + render_reference())
+            raise SystemExit(EXIT_OK)
+        if "version" in given:
+            print(f"plexus_lite {__version__}")
+            raise SystemExit(EXIT_OK)
+        command, *files = operands or ["serve"]
+        has_json = given.pop("json", None) is not None
+        problems = {
+            f"there is no command {command}": command not in COMMANDS,
+            f"{command} needs a LOG": command == "report" and not files,
+            f"{command} reads no LOG": command != "report" and files,
+            f"{command} has no --json": has_json and command not in ("check", "report"),
+            f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise getopt.GetoptError(problem)
     except getopt.GetoptError as error:
-        found, operands, problem = [], [], error.msg
-    given = dict(found)
-    if "-h" in given or "--help" in given:
-        print(HELP + render_reference())
-        raise SystemExit(EXIT_OK)
-    if "--version" in given:
-        print(f"plexus_lite {__version__}")
-        raise SystemExit(EXIT_OK)
-    command, *files = operands or ["serve"]
-    port, level = given.get("--port"), given.get("--log-level", "info")
-    if command not in COMMANDS:
-        problem = f"there is no command {command}"
-    elif bool(files) != (command == "report"):
-        problem = "report needs a LOG" if command == "report" else f"{command} reads no {files[0]}"
-    elif "--json" in given and command not in ("check", "report"):
-        problem = f"{command} has no --json"
-    elif port is not None and not port.isdecimal():
-        problem = f"--port {port} is no number"
-    elif level not in LEVELS:
-        problem = f"--log-level is one of {', '.join(LEVELS)}"
-    if problem:
-        print(f"plexus_lite.py: error: {problem}; see --help", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE)
-    config, host, log_file = (given.get(name) for name in ("--config", "--host", "--log-file"))
-    return Options(command, files, config, host, int(port) if port else None, log_file, level, "--json" in given)
+        print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    return Options(command, files, has_json, **given)
 
 
 def read_config(path: str, options: Options) -> Config:
@@ -6264,9 +6256,9 @@ def read_config(path: str, options: Options) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     value = expand_variables(value, os.environ)
-    if isinstance(value, dict):
-        given = {"host": options.host, "port": options.port}
-        value.update((name, one) for name, one in given.items() if one is not None)
+    for name, given in (("host", options.host), ("port", options.port)):
+        if given is not None and isinstance(value, dict):
+            value[name] = int(given) if name == "port" and re.fullmatch("[0-9]{1,9}", given) else given
     return parse_config(value)
 
 

@@ -295,11 +295,9 @@ class ConfigError(Exception):
 # ---------------------------------------------------------------------------
 
 APIS: Final = ("responses", "chat")
-DEMO: Final = "demo://"
-OAUTH: Final = "oauth://"
 T = TypeVar("T")
 D = TypeVar("D")
-V = TypeVar("V", bound="Value")
+S = TypeVar("S", bound="Settings")
 Read = Callable[[Any, str], T]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
 REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is no value that a member could have
 
@@ -308,7 +306,7 @@ class Setting(NamedTuple):
     """A key of the file; its name is that of the member that it is assigned to."""
 
     default: Any
-    read: "Read[Any]"
+    read: Read[Any]
     text: str  # for the reference
     is_secret: bool  # kept out of every repr, and so out of every traceback
 
@@ -316,11 +314,11 @@ class Setting(NamedTuple):
 class Check(Generic[T]):
     """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
 
-    def __init__(self, read: "Read[T]") -> None:
+    def __init__(self, read: Read[T]) -> None:
         self.read = read
 
     def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
-        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Value puts one in its place
+        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Settings put one in its place
 
 
 def join_path(path: str, name: str) -> str:
@@ -383,7 +381,7 @@ def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
     return Check(read)
 
 
-def read_object(value: Any, path: str, reads: Mapping[str, "Read[T]"]) -> Dict[str, T]:
+def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
     """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
     for name in an_object().read(value, path):
         if name not in reads:
@@ -432,7 +430,7 @@ def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise problem
     try:
         parts = urllib.parse.urlsplit(value)
@@ -440,11 +438,12 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
         if "[" in parts.netloc:
             ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
         # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
-        if parts.port == 0 or not re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host):
-            raise problem
+        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host)
+        if parts.scheme in ("http", "https") and is_host and parts.port != 0:
+            return parts
     except ValueError:  # the port is looked at only when it is asked for
-        raise problem from None
-    return parts
+        pass
+    raise problem
 
 
 @Check
@@ -459,7 +458,7 @@ def a_base_url(value: Any, path: str) -> str:
 
 @Check
 def a_replica(value: Any, path: str) -> str:
-    return str(value) if value in (DEMO, OAUTH) else a_base_url.read(value, path)
+    return str(value) if value in ("demo://", "oauth://") else a_base_url.read(value, path)
 
 
 def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
@@ -479,7 +478,7 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     found = read_object(value, path, dict.fromkeys(APIS, read_replicas))
     if not found:
         raise ConfigError(path, "expected at least one of: chat, responses")
-    if DEMO in found.get("chat", ()):
+    if "demo://" in found.get("chat", ()):
         raise ConfigError(f"{path}.chat", "demo:// speaks the Responses API only")
     return found
 
@@ -537,10 +536,10 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
     return ForwardProxy(parts.hostname or "", parts.port or 80, urllib.parse.unquote_to_bytes(user))
 
 
-class Value:
-    """What an object of the file says: a subclass declares its keys as members, by calls of a Check.  Immutable.
+class Settings:
+    """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
 
-    Not a dataclass: to import those, and to make these classes of them, takes longer than all else that is done here.
+    It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
     """
 
     rows: ClassVar[Mapping[str, Setting]]
@@ -552,7 +551,7 @@ class Value:
         members = {name: row.default for name, row in self.rows.items()}
         members.update(zip(self.rows, values), **named)
         if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
-            raise TypeError(f"{type(self).__name__} needs or has no member of that name: {', '.join(named)}")
+            raise TypeError(f"{type(self).__name__}: a member is missing, or there is none of that name: {list(named)}")
         vars(self).update(members)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -567,12 +566,12 @@ class Value:
         shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _replace(self: V, **changes: Any) -> V:
+    def _replace(self: S, **changes: Any) -> S:
         """Return a copy with *changes*, as that of a NamedTuple does."""
         return type(self)(**{**vars(self), **changes})
 
     @classmethod
-    def parse(cls: Type[V], value: Any, path: str) -> V:
+    def parse(cls: Type[S], value: Any, path: str) -> S:
         """Return what the object *value*, which stands at *path* of the file, says."""
         found = read_object(value, path, {name: row.read for name, row in cls.rows.items()})
         for name, row in cls.rows.items():
@@ -581,7 +580,7 @@ class Value:
         return cls(**found)
 
 
-class Limits(Value):
+class Limits(Settings):
     max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
     max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
     max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
@@ -599,19 +598,19 @@ class Limits(Value):
     pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
 
 
-class Key(Value):
+class Key(Settings):
     secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
     models = model_names(None, "the only models it may use; absent = all")
     admin = a_flag(False, "the status page shows it the sessions of all keys")
 
 
-class Price(Value):
+class Price(Settings):
     input = a_price(REQUIRED, "per million input tokens that were not cached")
     cached = a_price(REQUIRED, "per million cached input tokens")
     output = a_price(0, "per million output tokens")
 
 
-class Provider(Value):
+class Provider(Settings):
     api_base_url = base_urls(
         REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
     )
@@ -648,13 +647,13 @@ class Provider(Value):
     def parse(cls, value: Any, path: str) -> "Provider":
         """Return also what its place, providers.NAME, and its oauth:// mean."""
         provider = super().parse(value, path)._replace(name=path.partition(".")[2])
-        has_sign_in = OAUTH in provider.urls()
+        has_sign_in = "oauth://" in provider.urls()
         for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
             if getattr(provider, member) != cls.rows[member].default:
                 raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
         if not has_sign_in:
             return provider
-        if provider.api_base_url != {"responses": (OAUTH,)}:
+        if provider.api_base_url != {"responses": ("oauth://",)}:
             raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
         return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
@@ -676,7 +675,7 @@ class Provider(Value):
         return float(getattr(limits, name)) if own is None else own
 
 
-class AliasTarget(Value):
+class AliasTarget(Settings):
     provider = a_string(REQUIRED, "name of a provider")
     model = a_string(REQUIRED, "the provider's name of the model")
     weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
@@ -684,7 +683,7 @@ class AliasTarget(Value):
     enabled = a_flag(True, "false takes it out")
 
 
-class Alias(Value):
+class Alias(Settings):
     targets = a_list(Check(AliasTarget.parse), "at least one target", least=1)(REQUIRED, "where the alias leads")
 
 
@@ -710,12 +709,12 @@ class Target(Replica):
         return f"{self.provider.name} {self.base_url} "
 
 
-class Tls(Value):
+class Tls(Settings):
     cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
     key = a_string(None, "PEM file of its private key; absent = it is in cert")
 
 
-class Config(Value):
+class Config(Settings):
     providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
     host = a_string("127.0.0.1", "address to listen on")
     port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
@@ -846,7 +845,7 @@ def parse_config(value: Any) -> Config:
 
 def render_reference() -> str:
     """Return every configuration key with its default and description, one a line; --help and the README have it."""
-    sections: Mapping[str, Type[Value]] = {
+    sections: Mapping[str, Type[Settings]] = {
         "": Config,
         "tls.": Tls,
         "keys.NAME.": Key,

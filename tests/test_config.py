@@ -330,6 +330,38 @@ class Lines(ConfigTest):
         self.assertLess(len(message), 200)
 
 
+class Values(unittest.TestCase):
+    """What the classes of the configuration have in common."""
+
+    def test_they_never_change(self):
+        limits = plexus_lite.Limits(drain_s=1)
+        for name in ("drain_s", "nonesuch"):
+            with self.assertRaises(AttributeError):
+                setattr(limits, name, 2)
+        self.assertEqual(limits.drain_s, 1)
+
+    def test_a_copy_has_the_changes_and_the_rest(self):
+        provider = plexus_lite.parse_config(DOCUMENT).providers["up"]
+        other = provider._replace(account="shared")
+        self.assertEqual(
+            (provider.account, other.account, other.name, other.models),
+            (None, "shared", "up", {"gpt": ("responses", "chat")}),
+        )
+        self.assertEqual(other._replace(account=None), provider)
+        self.assertNotEqual(other, provider)
+        with self.assertRaises(TypeError):
+            hash(provider)
+
+    def test_members_that_are_missing_or_unknown_are_refused(self):
+        for make in (plexus_lite.Key, lambda: plexus_lite.Limits(drains=1), lambda: plexus_lite.Limits()._replace(x=1)):
+            with self.assertRaises(TypeError):
+                make()
+
+    def test_equal_members_are_not_enough_across_classes(self):
+        self.assertNotEqual(plexus_lite.Tls("a"), plexus_lite.Key("a"))
+        self.assertEqual(plexus_lite.Key("a"), plexus_lite.Key("a"))
+
+
 class Secrets(ConfigTest):
     def test_secrets_stand_in_no_repr(self):
         config = plexus_lite.parse_config(

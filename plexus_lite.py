@@ -6262,12 +6262,10 @@ def read_config(path: str, options: Options) -> Config:
 
 
 def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = max(names, key=names.count)
-        raise ConfigError("", f"the key {json.dumps(twice)} stands twice in one object")
-    return members
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ConfigError("", f"the key {json.dumps(name)} stands twice in one object")
+    return dict(pairs)
 
 
 def raise_descriptor_limit(config: Config) -> None:

@@ -6212,18 +6212,14 @@ def parse_options(arguments: Sequence[str]) -> Options:
     try:
         found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
         given = {name.lstrip("-").replace("-", "_"): value for name, value in found}
-        if "h" in given or "help" in given:
-            print(HELP + render_reference())
-            raise SystemExit(EXIT_OK)
-        if "version" in given:
-            print(f"plexus_lite {__version__}")
+        if given.keys() & {"h", "help", "version"}:
+            print(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
             raise SystemExit(EXIT_OK)
         command, *files = operands or ["serve"]
         has_json = given.pop("json", None) is not None
         problems = {
             f"there is no command {command}": command not in COMMANDS,
-            f"{command} needs a LOG": command == "report" and not files,
-            f"{command} reads no LOG": command != "report" and files,
+            f"{command} {'needs a' if command == 'report' else 'reads no'} LOG": bool(files) != (command == "report"),
             f"{command} has no --json": has_json and command not in ("check", "report"),
             f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
         }

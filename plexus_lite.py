@@ -536,7 +536,7 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
     return ForwardProxy(parts.hostname or "", parts.port or 80, urllib.parse.unquote_to_bytes(user))
 
 
-class Settings:
+class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
     """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
 
     It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
@@ -559,8 +559,6 @@ class Settings:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]  # some members are dictionaries
 
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)

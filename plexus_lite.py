@@ -63,16 +63,15 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
-import argparse
 import base64
 import bisect
 import collections
 import contextlib
-import dataclasses
 import email.utils
 import errno
 import functools
 import gc
+import getopt
 import gzip
 import hashlib
 import hmac
@@ -106,15 +105,18 @@ from typing import (
     IO,
     Any,
     Callable,
+    ClassVar,
     Deque,
     Dict,
     Final,
     FrozenSet,
+    Generic,
     Iterable,
     Iterator,
     List,
     Mapping,
     NamedTuple,
+    NoReturn,
     Optional,
     Protocol,
     Sequence,
@@ -297,17 +299,34 @@ class ConfigError(Exception):
 # ---------------------------------------------------------------------------
 
 APIS: Final = ("responses", "chat")
-Check = Callable[[Any, str], Any]
 T = TypeVar("T")
-REQUIRED: Final = dataclasses.MISSING
-SECRET: Final = {"repr": False}  # kept out of every repr, and so out of every traceback
+D = TypeVar("D")
+S = TypeVar("S", bound="Settings")
+Read = Callable[[Any, str], T]  # (value, its path in the file) -> what stands for it in the Config; or ConfigError
+REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is no value that a member could have
 
 
-def setting(default: Any, check: Check, text: str, **options: Any) -> Any:
-    """Return a dataclass field that is also a row of the configuration reference."""
-    if default is not REQUIRED:
-        options["default_factory"] = lambda: default  # a plain default may be no dict; nobody changes one
-    return dataclasses.field(metadata={"check": check, "text": text, "default": default}, **options)
+class Setting(NamedTuple):
+    """A key of the file; its name is that of the member that it is assigned to."""
+
+    default: Any
+    read: Read[Any]
+    text: str  # for the reference
+    is_secret: bool  # kept out of every repr, and so out of every traceback
+
+
+class Check(Generic[T]):
+    """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
+
+    def __init__(self, read: Read[T]) -> None:
+        self.read = read
+
+    def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
+        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Settings put one in its place
+
+
+def join_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def describe(value: object) -> str:
@@ -317,135 +336,174 @@ def describe(value: object) -> str:
     return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
 
 
-def wrong(path: str, wanted: str, value: object) -> ConfigError:
-    return ConfigError(path, f"expected {wanted}, found {describe(value)}")
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:
+    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
-
-def no_object(path: str, wanted: str, value: object) -> ConfigError:
-    """A string is not shown: in place of {"secret": ...} or of headers it is probably a credential."""
-    return ConfigError(path, f"expected {wanted}") if isinstance(value, str) else wrong(path, wanted, value)
-
-
-def expect(wanted: str, holds: Callable[[Any], object], is_shown: bool = True) -> Check:
-    """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value unless *is_shown*."""
-
-    def check(value: Any, path: str) -> Any:
+    def read(value: Any, path: str) -> Any:
         if not holds(value):
-            raise wrong(path, wanted, value) if is_shown else ConfigError(path, f"expected {wanted}")
+            found = "" if isinstance(value, hidden) else f", found {describe(value)}"
+            raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
-    return check
+    return Check(read)
 
 
-def a_number(minimum: float, maximum: float, integer: bool = False) -> Check:
-    """Return a check for a number from *minimum* to *maximum*; true and false are no numbers."""
-    kinds = (int,) if integer else (int, float)
-    wanted = f"a{' whole' if integer else ''} number from {minimum:g} to {maximum:g}"
-    return expect(wanted, lambda value: type(value) in kinds and minimum <= value <= maximum)
+def a_number(kind: Type[T], minimum: float, maximum: float) -> Check[T]:
+    """Return a check for a number from *minimum* to *maximum*, whole if *kind* is int; true and false are none."""
+    wanted = f"a{' whole' if kind is int else ''} number from {minimum:g} to {maximum:g}"
+    return expect(wanted, lambda value: type(value) in (int, kind) and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, is_shown: bool = True) -> Check:
-    return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), is_shown)
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check[str]:
+    return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
-def one_of(*allowed: str) -> Check:
-    return expect(" or ".join(json.dumps(item) for item in allowed), lambda value: value in allowed)
+def one_of(*allowed: str) -> Check[str]:
+    return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(check: Check, wanted: str, is_empty_right: bool = True) -> Check:
-    def check_list(value: Any, path: str) -> Tuple[Any, ...]:
-        if not isinstance(value, list) or not (value or is_empty_right):
-            raise wrong(path, wanted, value)
-        return tuple(check(item, f"{path}[{index}]") for index, item in enumerate(value))
-
-    return check_list
+def a_list(item: Check[T], wanted: str, least: int = 0) -> Check[Tuple[T, ...]]:
+    whole = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
+    return Check(
+        lambda value, path: tuple(item.read(one, f"{path}[{at}]") for at, one in enumerate(whole.read(value, path)))
+    )
 
 
-def a_map(check: Check, wanted: str = "an object") -> Check:
-    """Return a check for an object that has what *check* checks under names of the user's choice."""
+def an_object(wanted: str = "an object") -> Check[Dict[str, Any]]:
+    """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
+    return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
-    def check_map(value: Any, path: str) -> Dict[str, Any]:
-        if not isinstance(value, dict):
-            raise no_object(path, wanted, value)
-        if "" in value:
+
+def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
+    """Return a check for an object that has what *item* checks under names of the user's choice."""
+
+    def read(value: Any, path: str) -> Mapping[str, T]:
+        if "" in an_object(wanted).read(value, path):
             raise ConfigError(path, "a name must not be empty")
-        return {name: check(item, f"{path}.{name}") for name, item in value.items()}
+        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
 
-    return check_map
+    return Check(read)
 
 
-a_string: Final = a_text("(?s).+", "a non-empty string")
-a_flag: Final = expect("true or false", lambda value: isinstance(value, bool))
-a_time: Final = a_number(0.001, 86400)
-a_time_or_0: Final = a_number(0, 86400)
-a_size: Final = a_number(1024, 2**40, integer=True)
-a_price: Final = a_number(0, 10**6)
+def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
+    """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
+    for name in an_object().read(value, path):
+        if name not in reads:
+            raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
+    return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
+
+
+a_string: Final[Check[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
+a_flag: Final[Check[bool]] = expect("true or false", lambda value: isinstance(value, bool))
+a_time: Final = a_number(float, 0.001, 86400)
+a_time_or_0: Final = a_number(float, 0, 86400)
+a_size: Final = a_number(int, 1024, 2**40)
+a_price: Final = a_number(float, 0, 10**6)
 model_names: Final = a_list(a_string, "a list of model names")
 an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
-a_worker_count: Final = expect(
+a_worker_count: Final[Check[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
 a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", is_shown=False
+    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", object
 )
 a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", is_shown=False
+    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
 )
+a_token: Final = a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")
 
 
+@Check
 def a_field_name(value: Any, path: str) -> str:
-    a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")(value, path)
-    if value.lower() in HOP_BY_HOP or value.lower() in {"content-length", "expect"}:
+    if a_token.read(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
 
+@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     seen: Set[str] = set()
-    for name in value if isinstance(value, dict) else ():
-        a_field_name(name, f"{path}.{name}")
-        if name.lower() in seen:
+    for name in an_object("an object of header names and values").read(value, path):
+        if a_field_name.read(name, f"{path}.{name}").lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
         seen.add(name.lower())
-    return tuple(a_map(a_field_value, "an object of header names and values")(value, path).items())
+    return tuple(a_map(a_field_value).read(value, path).items())
 
 
-def a_base_url(value: Any, path: str, own: Sequence[str] = ("demo://", "oauth://")) -> str:
-    """Return *value* without a trailing slash: http(s)://host[:port][/path], or one of our *own*."""
-    if value in own:
-        return str(value)
-    parts = split_url(value, wrong(path, 'a base URL like "https://host/v1" (or "demo://")', value))
+def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
+    """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise problem
+    try:
+        parts = urllib.parse.urlsplit(value)
+        host = parts.hostname or ""
+        if "[" in parts.netloc:
+            ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
+        # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
+        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host)
+        if parts.scheme in ("http", "https") and is_host and parts.port != 0:
+            return parts
+    except ValueError:  # the port is looked at only when it is asked for
+        pass
+    raise problem
+
+
+@Check
+def a_base_url(value: Any, path: str) -> str:
+    """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
+    wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
+    parts = split_url(value, ConfigError(path, f"{wanted}, found {describe(value)}"))
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ConfigError(path, "a base URL has no query, fragment or user name")
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-a_web_url: Final = functools.partial(a_base_url, own=())
+@Check
+def a_replica(value: Any, path: str) -> str:
+    return str(value) if value in ("demo://", "oauth://") else a_base_url.read(value, path)
 
 
-def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
-    """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?i)https?://[\x21-\x7e]+", value):
-        raise problem
-    try:
-        parts = urllib.parse.urlsplit(value)
-        if "[" in parts.netloc:
-            ipaddress.IPv6Address(parts.hostname or "")  # before 3.11 urlsplit takes anything between brackets
-        (parts.hostname or "").encode("idna")  # as getaddrinfo will: it raises for a label that is empty or too long
-        if not parts.hostname or parts.port == 0:
-            raise problem
-    except ValueError:  # the port is looked at only when it is asked for
-        raise problem from None
-    return parts
+def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
+    if isinstance(value, str):
+        return (a_replica.read(value, path),)
+    urls = a_list(a_replica, "at least one base URL", least=1).read(value, path)
+    if len(set(urls)) < len(urls):
+        raise ConfigError(path, "the same base URL stands twice")
+    return urls
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardProxy:
+@Check
+def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
+    """Return the replicas for each API; a bare string or list is for Responses."""
+    if not isinstance(value, dict):
+        return {"responses": read_replicas(value, path)}
+    found = read_object(value, path, dict.fromkeys(APIS, read_replicas))
+    if not found:
+        raise ConfigError(path, "expected at least one of: chat, responses")
+    if "demo://" in found.get("chat", ()):
+        raise ConfigError(f"{path}.chat", "demo:// speaks the Responses API only")
+    return found
+
+
+@Check
+def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
+    """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
+    if isinstance(value, list):
+        return dict.fromkeys(model_names.read(value, path), APIS)
+    entry = Check(lambda value, path: read_object(value, path, {"access_via": an_api_list.read}))
+    entries = a_map(entry, "a list of model names, or an object").read(value, path)
+    return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
+
+
+class ForwardProxy(NamedTuple):
     host: str
     port: int
-    credentials: bytes = dataclasses.field(repr=False)  # user:password, b"" for none
+    credentials: bytes  # user:password, b"" for none
+
+    def __repr__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:
@@ -461,6 +519,7 @@ def join_authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@Check
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
     """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
     if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
@@ -470,153 +529,144 @@ def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
 
 def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
     """Return the forward proxy that a URL names.  Errors never show the value: a password may stand in it."""
-    problem = ConfigError(
-        path, f'expected {others}a URL like "http://user:password@host:3128" (special characters as %XX)'
-    )
-    parts = split_url(value, problem)
+    wanted = f'expected {others}a URL like "http://user:password@host:3128" (special characters as %XX)'
+    parts = split_url(value, ConfigError(path, wanted))
     if parts.path.strip("/") or parts.query or parts.fragment:
-        raise problem
+        raise ConfigError(path, wanted)
     if parts.scheme == "https":
         raise ConfigError(path, "TLS to the proxy itself is not supported; use http://")
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-    credentials = urllib.parse.unquote_to_bytes(f"{user}:{password}") if user or password else b""
-    return ForwardProxy(parts.hostname or "", parts.port or 80, credentials)
+    user = parts.netloc.rpartition("@")[0]
+    user += ":" if user and ":" not in user else ""  # RFC 7617: it is there even if no password is
+    return ForwardProxy(parts.hostname or "", parts.port or 80, urllib.parse.unquote_to_bytes(user))
 
 
-def check_object(value: Any, path: str, allowed: Iterable[str]) -> Dict[str, Any]:
-    """Return *value* if it is an object with no keys but the *allowed* ones."""
-    if not isinstance(value, dict):
-        raise no_object(path, "an object", value)
-    for key in value:
-        if key not in allowed:
-            where = f"{path}.{key}" if path else str(key)
-            raise ConfigError(where, f"unknown key; allowed: {', '.join(sorted(allowed))}")
-    return value
+class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
+    """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
+
+    It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
+    """
+
+    rows: ClassVar[Mapping[str, Setting]]
+
+    def __init_subclass__(cls) -> None:
+        cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        members = {name: row.default for name, row in self.rows.items()}
+        members.update(zip(self.rows, values), **named)
+        if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
+            raise TypeError(f"{type(self).__name__}: a member is missing, or there is none of that name: {list(named)}")
+        vars(self).update(members)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name} cannot be set; see _replace")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _replace(self: S, **changes: Any) -> S:
+        """Return a copy with *changes*, as that of a NamedTuple does."""
+        return type(self)(**{**vars(self), **changes})
+
+    @classmethod
+    def parse(cls: Type[S], value: Any, path: str) -> S:
+        """Return what the object *value*, which stands at *path* of the file, says."""
+        found = read_object(value, path, {name: row.read for name, row in cls.rows.items()})
+        for name, row in cls.rows.items():
+            if row.default is REQUIRED and name not in found:
+                raise ConfigError(join_path(path, name), "missing; it must be set")
+        return cls(**found)
 
 
-def replica_urls(value: Any, path: str) -> Tuple[str, ...]:
-    if isinstance(value, str):
-        return (a_base_url(value, path),)
-    urls: Tuple[str, ...] = a_list(a_base_url, "at least one base URL", is_empty_right=False)(value, path)
-    if len(set(urls)) != len(urls):
-        raise ConfigError(path, "the same base URL stands twice")
-    return urls
+class Limits(Settings):
+    max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
+    max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
+    max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
+    max_connections = a_number(int, 1, 10**6)(1024, "client connections at one time")
+    header_timeout_s = a_time(15, "for the whole head of a request")
+    body_timeout_s = a_time(60, "for the whole body of a request")
+    connect_timeout_s = a_time(10, "to reach an upstream, TLS included")
+    first_byte_timeout_s = a_time(600, "until an upstream's answer begins")
+    idle_timeout_s = a_time(300, "an upstream silent in the middle of an answer")
+    stall_timeout_s = a_time(300, "a client that does not read its answer")
+    client_idle_s = a_time(75, "a client's connection without a request")
+    pool_idle_s = a_time(60, "an upstream connection without a request; at most 128 idle per target")
+    drain_s = a_time_or_0(30, "running answers may take this long after SIGTERM")
+    keepalive_s = a_time_or_0(15, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
 
 
-def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
-    """Return the replicas for each API; a bare string or list is for Responses."""
-    if not isinstance(value, dict):
-        return {"responses": replica_urls(value, path)}
-    if not check_object(value, path, APIS):
-        raise ConfigError(path, "expected at least one of: chat, responses")
-    return {api: replica_urls(urls, f"{path}.{api}") for api, urls in value.items()}
+class Key(Settings):
+    secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
+    models = model_names(None, "the only models it may use; absent = all")
+    admin = a_flag(False, "the status page shows it the sessions of all keys")
 
 
-def provider_models(value: Any, path: str) -> Mapping[str, FrozenSet[str]]:
-    """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
-
-    def access(entry: Any, path: str) -> FrozenSet[str]:
-        apis = check_object(entry, path, ("access_via",)).get("access_via", list(APIS))
-        return frozenset(an_api_list(apis, f"{path}.access_via"))
-
-    if isinstance(value, list):
-        return {name: frozenset(APIS) for name in model_names(value, path)}
-    found: Mapping[str, FrozenSet[str]] = a_map(access, "a list of model names, or an object")(value, path)
-    return found
+class Price(Settings):
+    input = a_price(REQUIRED, "per million input tokens that were not cached")
+    cached = a_price(REQUIRED, "per million cached input tokens")
+    output = a_price(0, "per million output tokens")
 
 
-def parse_object(cls: Type[T], value: Any, path: str) -> T:
-    """Return a *cls* made of the object *value*; *cls* is a dataclass whose fields are settings."""
-    rows = {row.name: row for row in dataclasses.fields(cls) if row.metadata}  # type: ignore[arg-type]
-    check_object(value, path, rows)
-    found = {}
-    for name, row in rows.items():
-        where = f"{path}.{name}" if path else name
-        if name in value:
-            found[name] = row.metadata["check"](value[name], where)
-        elif row.metadata["default"] is REQUIRED:
-            raise ConfigError(where, "missing; it must be set")
-    return cls(**found)
-
-
-def an_object(cls: Type[T]) -> Check:
-    return lambda value, path: parse_object(cls, value, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    max_body_bytes: int = setting(100 * MIB, a_size, "largest request body, also after decoding")
-    max_buffered_bytes: int = setting(1024 * MIB, a_size, "request bodies held at one time, all clients together")
-    max_header_bytes: int = setting(64 * KIB, a_size, "largest head of a request, and of an upstream's answer")
-    max_connections: int = setting(1024, a_number(1, 10**6, integer=True), "client connections at one time")
-    header_timeout_s: float = setting(15, a_time, "for the whole head of a request")
-    body_timeout_s: float = setting(60, a_time, "for the whole body of a request")
-    connect_timeout_s: float = setting(10, a_time, "to reach an upstream, TLS included")
-    first_byte_timeout_s: float = setting(600, a_time, "until an upstream's answer begins")
-    idle_timeout_s: float = setting(300, a_time, "an upstream silent in the middle of an answer")
-    stall_timeout_s: float = setting(300, a_time, "a client that does not read its answer")
-    client_idle_s: float = setting(75, a_time, "a client's connection without a request")
-    pool_idle_s: float = setting(60, a_time, "an upstream connection without a request; at most 128 idle per target")
-    drain_s: float = setting(30, a_time_or_0, "running answers may take this long after SIGTERM")
-    keepalive_s: float = setting(15, a_time_or_0, "comment after this silence in an event stream; 0 = none")
-    pin_idle_s: float = setting(1800, a_time, "a session moved by a failover returns after this much idle time")
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    secret: str = setting(REQUIRED, a_secret, "what the client sends, or file:PATH", **SECRET)
-    models: Optional[Tuple[str, ...]] = setting(None, model_names, "the only models it may use; absent = all")
-    admin: bool = setting(False, a_flag, "the status page shows it the sessions of all keys")
-
-
-@dataclasses.dataclass(frozen=True)
-class Price:
-    input: float = setting(REQUIRED, a_price, "per million input tokens that were not cached")
-    cached: float = setting(REQUIRED, a_price, "per million cached input tokens")
-    output: float = setting(0, a_price, "per million output tokens")
-
-
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    api_base_url: Mapping[str, Tuple[str, ...]] = setting(
-        REQUIRED,
-        base_urls,
-        'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below',
+class Provider(Settings):
+    api_base_url = base_urls(
+        REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
     )
-    models: Mapping[str, FrozenSet[str]] = setting(
-        REQUIRED, provider_models, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
+    models = provider_models(
+        REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key: Optional[str] = setting(None, a_secret, "sent as Authorization: Bearer; or file:PATH", **SECRET)
-    auth: str = setting("key", one_of("key", "passthrough"), '"passthrough" sends the client\'s own credentials')
-    auth_file: Optional[str] = setting(None, a_string, "of oauth://; default: the Codex CLI's auth.json")
-    oauth_refresh: bool = setting(False, a_flag, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url: str = setting("https://chatgpt.com/backend-api/codex", a_web_url, "what oauth:// stands for")
-    oauth_token_url: str = setting("https://auth.openai.com/oauth/token", a_web_url, "who renews the tokens")
-    oauth_client_id: str = setting("app_EMoamEEZ73f0CkXaXp7hrann", a_string, "for whom: the Codex CLI's public id")
-    account: Optional[str] = setting(None, a_string, "who can read its encrypted_content; default: the provider")
-    headers: Tuple[Tuple[str, str], ...] = setting((), header_fields, "static headers; they win over all", **SECRET)
-    session_headers: Tuple[str, ...] = setting(
-        SESSION_SPELLINGS, a_list(one_of(*SESSION_SPELLINGS), "a list of spellings"), "the spellings that leave"
+    api_key = a_secret(None, "sent as Authorization: Bearer; or file:PATH", True)
+    auth = one_of("key", "passthrough")("key", '"passthrough" sends the client\'s own credentials')
+    auth_file = a_string(None, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh = a_flag(False, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url = a_base_url("https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
+    oauth_token_url = a_base_url("https://auth.openai.com/oauth/token", "who renews the tokens")
+    oauth_client_id = a_string("app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
+    account = a_string(None, "who can read its encrypted_content; default: the provider")
+    headers = header_fields((), "static headers; they win over all", True)
+    session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
+        SESSION_SPELLINGS, "the spellings that leave"
     )
-    affinity_headers: Tuple[str, ...] = setting(
-        (), a_list(a_field_name, "a list of header names"), "further headers that receive the session value"
+    affinity_headers = a_list(a_field_name, "a list of header names")(
+        (), "further headers that receive the session value"
     )
-    wait_on_429_s: float = setting(0, a_time_or_0, "wait this long in all before a 429 is handed on")
-    ca_file: Optional[str] = setting(None, a_string, "PEM file of CAs, added to the system's roots")
-    client_cert: Optional[str] = setting(None, a_string, "PEM file of our certificate, for upstreams that ask for one")
-    client_key: Optional[str] = setting(None, a_string, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy: Union[str, ForwardProxy, None] = setting(  # noqa: RUF009
-        None, a_proxy, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', **SECRET
-    )
-    connect_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.connect_timeout_s")
-    first_byte_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.first_byte_timeout_s")
-    idle_timeout_s: Optional[float] = setting(None, a_time, "overrides limits.idle_timeout_s")
-    enabled: bool = setting(True, a_flag, "false takes it out")
+    wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")
+    ca_file = a_string(None, "PEM file of CAs, added to the system's roots")
+    client_cert = a_string(None, "PEM file of our certificate, for upstreams that ask for one")
+    client_key = a_string(None, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy = a_proxy(None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True)
+    connect_timeout_s = a_time(None, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s = a_time(None, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s = a_time(None, "overrides limits.idle_timeout_s")
+    enabled = a_flag(True, "false takes it out")
     name: str = ""
+
+    @classmethod
+    def parse(cls, value: Any, path: str) -> "Provider":
+        """Return also what its place, providers.NAME, and its oauth:// mean."""
+        provider = super().parse(value, path)._replace(name=path.partition(".")[2])
+        has_sign_in = "oauth://" in provider.urls()
+        for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
+            if getattr(provider, member) != cls.rows[member].default:
+                raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
+        if not has_sign_in:
+            return provider
+        if provider.api_base_url != {"responses": ("oauth://",)}:
+            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+        return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
         """Return every base URL once, whatever API it is for."""
         return tuple(dict.fromkeys(url for urls in self.api_base_url.values() for url in urls))
+
+    def replicas(self, model: str, api: str) -> Tuple[str, ...]:
+        """Return the base URLs at which *model* can be had over *api*."""
+        access = self.models.get(model, self.models.get("*", ()))
+        return self.api_base_url.get(api, ()) if self.enabled and api in access else ()
 
     def account_name(self) -> str:
         return self.account or self.name
@@ -627,31 +677,28 @@ class Provider:
         return float(getattr(limits, name)) if own is None else own
 
 
-@dataclasses.dataclass(frozen=True)
-class AliasTarget:
-    provider: str = setting(REQUIRED, a_string, "name of a provider")
-    model: str = setting(REQUIRED, a_string, "the provider's name of the model")
-    weight: float = setting(1, a_number(0.001, 1000), "share of the sessions")
-    group: int = setting(1, a_number(1, 1000, integer=True), "used when every target of lower groups is out")
-    enabled: bool = setting(True, a_flag, "false takes it out")
+class AliasTarget(Settings):
+    provider = a_string(REQUIRED, "name of a provider")
+    model = a_string(REQUIRED, "the provider's name of the model")
+    weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
+    group = a_number(int, 1, 1000)(1, "used when every target of lower groups is out")
+    enabled = a_flag(True, "false takes it out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Alias:
-    targets: Tuple[AliasTarget, ...] = setting(
-        REQUIRED, a_list(an_object(AliasTarget), "at least one target", is_empty_right=False), "where the alias leads"
-    )
+class Alias(Settings):
+    targets = a_list(Check(AliasTarget.parse), "at least one target", least=1)(REQUIRED, "where the alias leads")
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One place a request can go: a replica of a provider, and the model's name there."""
-
+class Replica(NamedTuple):
     provider: Provider
     base_url: str
     model: str
     weight: float = 1
     group: int = 1
+
+
+class Target(Replica):
+    """One place a request can go: a replica of a provider, and the model's name there."""
 
     @functools.cached_property
     def id(self) -> str:
@@ -664,26 +711,24 @@ class Target:
         return f"{self.provider.name} {self.base_url} "
 
 
-@dataclasses.dataclass(frozen=True)
-class Tls:
-    cert: str = setting(REQUIRED, a_string, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
-    key: Optional[str] = setting(None, a_string, "PEM file of its private key; absent = it is in cert")
+class Tls(Settings):
+    cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key = a_string(None, "PEM file of its private key; absent = it is in cert")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    providers: Mapping[str, Provider] = setting(REQUIRED, a_map(an_object(Provider)), "upstreams by name")
-    host: str = setting("127.0.0.1", a_string, "address to listen on")
-    port: int = setting(4000, a_number(0, 65535, integer=True), "port to listen on; 0 = any free one")
-    tls: Optional[Tls] = setting(None, an_object(Tls), "serve https; absent = http")  # noqa: RUF009
-    keys: Mapping[str, Key] = setting({}, a_map(an_object(Key)), "clients' keys by name")
-    workers: Union[int, str] = setting(1, a_worker_count, 'processes that share the port; "auto" = one per core')
-    cpu_affinity: bool = setting(True, a_flag, "bind each process to a core: threads that share a GIL lose by moving")
-    allow_anonymous: bool = setting(False, a_flag, "listen beyond loopback without keys")
-    hosts: Tuple[str, ...] = setting((), a_list(a_string, "a list of host names"), "names a Host header may have")
-    models: Mapping[str, Alias] = setting({}, a_map(an_object(Alias)), "aliases by name")
-    prices: Mapping[str, Price] = setting({}, a_map(an_object(Price)), "by model name")
-    limits: Limits = setting(Limits(), an_object(Limits), "sizes, times")  # noqa: RUF009
+class Config(Settings):
+    providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
+    host = a_string("127.0.0.1", "address to listen on")
+    port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
+    tls = Check(Tls.parse)(None, "serve https; absent = http")
+    keys = a_map(Check(Key.parse))({}, "clients' keys by name")
+    workers = a_worker_count(1, 'processes that share the port; "auto" = one per core')
+    cpu_affinity = a_flag(True, "bind each process to a core: threads that share a GIL lose by moving")
+    allow_anonymous = a_flag(False, "listen beyond loopback without keys")
+    hosts = a_list(a_string, "a list of host names")((), "names a Host header may have")
+    models = a_map(Check(Alias.parse))({}, "aliases by name")
+    prices = a_map(Check(Price.parse))({}, "by model name")
+    limits = Check(Limits.parse)(Limits(), "sizes, times")
 
 
 def is_loopback(host: str) -> bool:
@@ -700,11 +745,9 @@ def is_loopback(host: str) -> bool:
 def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -> Any:
     """Return *value* with ${NAME} and ${NAME:-default} replaced in every string; a default also stands for ""."""
     if isinstance(value, dict):
-        return {key: expand_variables(item, variables, f"{path}.{key}" if path else key) for key, item in value.items()}
+        return {name: expand_variables(item, variables, join_path(path, name)) for name, item in value.items()}
     if isinstance(value, list):
         return [expand_variables(item, variables, f"{path}[{index}]") for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
 
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
@@ -713,12 +756,13 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
             raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
         return variables.get(name) or default or ""
 
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value)
+    has_any = isinstance(value, str) and "${" in value
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value) if has_any else value
 
 
 def model_list(config: Config) -> List[str]:
     """Return the names a client may use, in the order of the file; not "*", which stands for names unknown here."""
-    named = [name for provider in config.providers.values() if provider.enabled for name in provider.models]
+    named = (name for provider in config.providers.values() for name in provider.models)
     return [name for name in dict.fromkeys([*config.models, *named]) if is_served(config, name)]
 
 
@@ -733,57 +777,31 @@ def targets_of(config: Config, model: str, api: str) -> Tuple[Target, ...]:
     Looked for in this order: an alias; direct/<provider>/<model>; the providers that name the model; those that
     have "*", unless the name is configured anywhere.
     """
+    direct, *names = model.split("/", 2)
+    entries: Sequence[AliasTarget] = ()
     if model in config.models:
-        return tuple(
-            target
-            for entry in config.models[model].targets
-            if entry.enabled
-            for target in replicas(config.providers[entry.provider], entry.model, api, entry.weight, entry.group)
-        )
-    if model.startswith("direct/"):
-        name, _, upstream_model = model[len("direct/") :].partition("/")
-        if name in config.providers and upstream_model:
-            return replicas(config.providers[name], upstream_model, api)
-    if model == "*":
-        return ()
-    providers = [provider for provider in config.providers.values() if model in provider.models]
-    providers = providers or list(config.providers.values())
-    return tuple(target for provider in providers for target in replicas(provider, model, api))
+        entries = config.models[model].targets
+    elif direct == "direct" and len(names) == 2 and names[0] in config.providers and names[1]:
+        entries = [AliasTarget(*names)]
+    elif model != "*":
+        named = [name for name, provider in config.providers.items() if model in provider.models]
+        entries = [AliasTarget(name, model) for name in named or config.providers]
+    return tuple(
+        Target(config.providers[one.provider], url, one.model, one.weight, one.group)
+        for one in entries
+        if one.enabled
+        for url in config.providers[one.provider].replicas(one.model, api)
+    )
 
 
 def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, ...]:
     """Return every base URL of the Responses API once, without a model; only those of *models*, unless that is None."""
-    if models is None:
-        enabled = [provider for provider in config.providers.values() if provider.enabled]
-        places = [Target(one, url, "") for one in enabled for url in one.api_base_url.get("responses", ())]
-    else:
-        targets = [target for name in models for target in targets_of(config, name, "responses")]
-        places = [Target(target.provider, target.base_url, "") for target in targets]
-    return tuple({place.id: place for place in places}.values())
-
-
-def replicas(provider: Provider, model: str, api: str, weight: float = 1, group: int = 1) -> Tuple[Target, ...]:
-    access = provider.models.get(model, provider.models.get("*", frozenset()))
-    if not provider.enabled or api not in access:
-        return ()
-    return tuple(Target(provider, url, model, weight, group) for url in provider.api_base_url.get(api, ()))
-
-
-def check_aliases(config: Config) -> None:
-    """Refuse aliases that lead nowhere, and what the demo upstream does not speak."""
-    for name, provider in config.providers.items():
-        if "demo://" in provider.api_base_url.get("chat", ()):
-            raise ConfigError(f"providers.{name}.api_base_url.chat", "demo:// speaks the Responses API only")
-    for name, alias in config.models.items():
-        for index, target in enumerate(alias.targets):
-            where = f"models.{name}.targets[{index}]"
-            if target.provider not in config.providers:
-                known = ", ".join(sorted(config.providers))
-                raise ConfigError(f"{where}.provider", f"no such provider: {target.provider}; there are: {known}")
-            models = config.providers[target.provider].models
-            if target.model not in models and "*" not in models:
-                known = ", ".join(sorted(models))
-                raise ConfigError(f"{where}.model", f"{target.provider} has no model {target.model}; it has: {known}")
+    enabled = [provider for provider in config.providers.values() if provider.enabled]
+    places = [Target(one, url, "") for one in enabled for url in one.api_base_url.get("responses", ())]
+    if models is not None:
+        allowed = {target.place for name in models for target in targets_of(config, name, "responses")}
+        places = [target for target in places if target.place in allowed]
+    return tuple(places)
 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
@@ -794,41 +812,34 @@ def check_secrets(keys: Mapping[str, Key]) -> None:
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
 
 
-def check_keys(config: Config) -> None:
-    """Refuse keys that cannot be told apart, and lists that name a model which does not exist."""
-    check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
+def refuse_unknown(path: str, what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ConfigError(path, f"no such {what}: {name}; there are: {', '.join(sorted(known)) or 'none'}")
+
+
+def check_names(config: Config) -> None:
+    """Refuse aliases that lead nowhere, and keys for models that do not exist."""
+    for name, alias in config.models.items():
+        for index, target in enumerate(alias.targets):
+            where = f"models.{name}.targets[{index}]"
+            refuse_unknown(f"{where}.provider", "provider", target.provider, config.providers)
+            models = config.providers[target.provider].models
+            if "*" not in models:
+                refuse_unknown(f"{where}.model", f"model of {target.provider}", target.model, models)
     for name, key in config.keys.items():
         for index, model in enumerate(key.models or ()):
             if not is_served(config, model):
-                known = ", ".join(model_list(config)) or "none"
-                raise ConfigError(f"keys.{name}.models[{index}]", f"no such model: {model}; there are: {known}")
-
-
-def resolve_sign_in(provider: Provider) -> Provider:
-    """Return *provider* with the URL that its oauth:// stands for, and "oauth" as its auth."""
-    where = f"providers.{provider.name}"
-    if "oauth://" not in provider.urls():
-        for name in ("auth_file", "oauth_refresh"):
-            if getattr(provider, name):
-                raise ConfigError(f"{where}.{name}", "goes only with oauth://")
-        return provider
-    if provider.api_key or provider.auth != "key":
-        raise ConfigError(f"{where}.{'api_key' if provider.api_key else 'auth'}", "goes not with oauth://")
-    if provider.api_base_url != {"responses": ("oauth://",)}:
-        raise ConfigError(f"{where}.api_base_url", "oauth:// stands alone: no other URL, no chat")
-    return dataclasses.replace(provider, auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
+                refuse_unknown(f"keys.{name}.models[{index}]", "model", model, model_list(config))
 
 
 def parse_config(value: Any) -> Config:
     """Return the Config that decoded and expanded JSON describes; ConfigError names the path of what is wrong."""
-    config = parse_object(Config, value, "")
+    config = Config.parse(value, "")
     if not config.providers:
         raise ConfigError("providers", "expected at least one provider")
-    named = [dataclasses.replace(provider, name=name) for name, provider in config.providers.items()]
-    config = dataclasses.replace(config, providers={one.name: resolve_sign_in(one) for one in named})
-    check_aliases(config)
-    check_keys(config)
-    if not config.keys and not config.allow_anonymous and not is_loopback(config.host):
+    check_names(config)
+    check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
+    if not (config.keys or config.allow_anonymous or is_loopback(config.host)):
         remedy = "set keys, or allow_anonymous to true"
         raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
     return config
@@ -836,7 +847,7 @@ def parse_config(value: Any) -> Config:
 
 def render_reference() -> str:
     """Return every configuration key with its default and description, one a line; --help and the README have it."""
-    sections: Mapping[str, Any] = {
+    sections: Mapping[str, Type[Settings]] = {
         "": Config,
         "tls.": Tls,
         "keys.NAME.": Key,
@@ -846,14 +857,13 @@ def render_reference() -> str:
         "prices.NAME.": Price,
         "limits.": Limits,
     }
-    rows = [(path + row.name, row.metadata) for path, cls in sections.items() for row in dataclasses.fields(cls)]
-    return "\n".join(f"  {path:<40} {row['text']}{default_note(row['default'])}" for path, row in rows if row)
-
-
-def default_note(default: Any) -> str:
-    if default is REQUIRED:
-        return " (required)"
-    return "" if default in (None, (), {}, Limits()) else f" ({json.dumps(default)})"
+    lines = []
+    for path, cls in sections.items():
+        for name, row in cls.rows.items():
+            note = "required" if row.default is REQUIRED else json.dumps(row.default, default=lambda limits: None)
+            note = "" if note in ("null", "[]", "{}") else f" ({note})"
+            lines.append(f"  {path + name:<40} {row.text}{note}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------
@@ -2699,7 +2709,7 @@ class Credentials:
                 proxy = self._open(where + "proxy", provider.proxy)
                 if proxy:  # read only here: connections are made with it
                     url = a_proxy_url(proxy.value, f"{where}proxy: {proxy.path}")
-                    self.providers[name] = dataclasses.replace(provider, proxy=url)
+                    self.providers[name] = provider._replace(proxy=url)
                 self._sources[name] = self._open(where + "api_key", provider.api_key)
                 if provider.auth == "oauth":
                     default = os.path.join(os.environ.get("CODEX_HOME") or "~/.codex", "auth.json")
@@ -2720,7 +2730,7 @@ class Credentials:
 
     def _read_keys(self) -> Mapping[str, Key]:
         files = self._key_files.items()
-        read = {name: dataclasses.replace(self.keys[name], secret=file.get()) for name, file in files if file}
+        read = {name: self.keys[name]._replace(secret=file.get()) for name, file in files if file}
         return {**self.keys, **read}
 
     def look_again(self) -> List[str]:
@@ -6072,7 +6082,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         ours = Headers([("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")])
         sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())
         seconds = min(provider.timeout_s("connect_timeout_s", state.config.limits), until - began)
-        bounded = Target(dataclasses.replace(provider, connect_timeout_s=seconds), target.base_url, "")
+        bounded = Target(provider._replace(connect_timeout_s=seconds), target.base_url, "")
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
@@ -6179,7 +6189,7 @@ def render_checkups(found: Mapping[str, Any], width: int) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- main, parse_options, load_state, STARTER: options, the configuration file, exit codes.
+# 17  CLI -- main, parse_options, load_state, STARTER, HELP: options, the configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
 STARTER: Final = """\
@@ -6192,55 +6202,84 @@ STARTER: Final = """\
       "models": ["demo-model"]
     }
   }
-}
+}"""
+HELP: Final = """\
+usage: plexus_lite.py [COMMAND] [OPTION...]
+
+A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
+
+commands:
+  serve              what is done without one
+  init               print a starter configuration
+  check              ask every upstream whether it can be used, at no cost
+  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin
+
+options:
+  --config PATH      configuration (PLEXUS_CONFIG, or config.json beside this file)
+  --host HOST        listen on this address instead of the configuration's
+  --port PORT        listen on this port instead; 0 = any free one
+  --log-file PATH    write the log there instead of stderr; SIGHUP reopens it
+  --log-level LEVEL  error, warning, info (a line for each request; the default) or debug
+  --json             report, check: JSON instead of tables
+  --version, --help
+
+configuration keys (default):
 """
 
 
-def parse_options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="plexus_lite.py",
-        description="A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.",
-        epilog="configuration keys (default):\n" + render_reference(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    helps = "; ".join(f"{name}: {row.text}" for name, row in COMMANDS.items())
-    parser.add_argument("command", nargs="?", default="serve", choices=COMMANDS, metavar="COMMAND", help=helps)
-    parser.add_argument("files", nargs="*", metavar="LOG", help="report: access logs, gzipped or not; - is stdin")
-    parser.add_argument("--json", action="store_true", help="report, check: JSON instead of tables")
-    parser.add_argument(
-        "--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)"
-    )
-    parser.add_argument("--host", help="listen on this address instead of the configuration's")
-    parser.add_argument("--port", type=int, help="listen on this port instead; 0 = any free one")
-    parser.add_argument("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
-    parser.add_argument(
-        "--log-level", choices=LEVELS, default="info", help="info has a line for each request (default)"
-    )
-    parser.add_argument("--version", action="version", version=f"plexus_lite {__version__}")
-    options = parser.parse_intermixed_args(arguments)  # the others read no operand that follows an option
-    command = COMMANDS[options.command]
-    if bool(options.files) != command.reads_files:
-        parser.error(f"{options.command} " + ("needs a LOG" if command.reads_files else f"reads no {options.files[0]}"))
-    if options.json and not command.has_json:
-        parser.error(f"{options.command} has no --json")
-    return options
+class Options(NamedTuple):
+    """The command line; None is what it leaves to the configuration."""
+
+    command: str = "serve"
+    files: Sequence[str] = ()
+    json: bool = False
+    config: Optional[str] = None
+    host: Optional[str] = None
+    port: Optional[str] = None
+    log_file: Optional[str] = None
+    log_level: str = "info"
 
 
-def read_config(path: str, options: argparse.Namespace) -> Config:
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it."""
+    names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
+    try:
+        found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
+        given = {name.lstrip("-").replace("-", "_"): value for name, value in found}
+        if given.keys() & {"h", "help", "version"}:
+            print(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
+            raise SystemExit(EXIT_OK)
+        command, *files = operands or ["serve"]
+        has_json = given.pop("json", None) is not None
+        problems = {
+            f"there is no command {command}": command not in COMMANDS,
+            f"{command} {'needs a' if command == 'report' else 'reads no'} LOG": bool(files) != (command == "report"),
+            f"{command} has no --json": has_json and command not in ("check", "report"),
+            f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise getopt.GetoptError(problem)
+    except getopt.GetoptError as error:
+        print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    return Options(command, files, has_json, **given)
+
+
+def read_config(path: str, options: Options) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
+        if not text.strip():
+            raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
+        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
         raise ConfigError("", f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError("", "is not UTF-8 text") from None
-    if not text.strip():
-        raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-    try:
-        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -6248,17 +6287,15 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
     value = expand_variables(value, os.environ)
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = given
+            value[name] = int(given) if name == "port" and re.fullmatch("[0-9]{1,9}", given) else given
     return parse_config(value)
 
 
 def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    members: Dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
             raise ConfigError("", f"the key {json.dumps(name)} stands twice in one object")
-        members[name] = value
-    return members
+    return dict(pairs)
 
 
 def raise_descriptor_limit(config: Config) -> None:
@@ -6267,12 +6304,11 @@ def raise_descriptor_limit(config: Config) -> None:
         return
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    wanted = min(2 * config.limits.max_connections + 256, hard)
-    if soft < wanted:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * config.limits.max_connections + 256
+    if 0 <= soft < wanted:  # -1 is no limit
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (int(wanted), limits[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def cores() -> List[int]:
@@ -6297,7 +6333,7 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     """Return the state for *config*; *folder* is where relative paths of secrets start."""
     # The transport needs the proxies that stand in files, and is there when an issuer is asked.
     credentials = Credentials(config, folder, lambda provider, form: transport.post_form(provider, form))  # noqa: PLW0108
-    config = dataclasses.replace(config, providers=credentials.providers)
+    config = config._replace(providers=credentials.providers)
     transport = Transport(config, demo.connect)
     catalogue = {(name, api): targets_of(config, name, api) for name in model_list(config) for api in APIS}
     has_places = len(places_of(config, None)) > 1
@@ -6305,28 +6341,25 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-def config_path(options: argparse.Namespace) -> str:
-    here = os.path.dirname(os.path.abspath(__file__))
-    return options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(os.path.join(here, "config.json"))
-
-
-def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
-    path = config_path(options)
+def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(beside)
     try:
         return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:
         raise ConfigError("", f"{path}: {error}") from None
 
 
-def serve(options: argparse.Namespace) -> int:
+def serve(options: Options) -> int:
     again = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
     state = again()
+    config = state.config
     try:
         if options.log_file is not None:
             os.close(Log.open(options.log_file))
     except OSError as error:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
-    raise_descriptor_limit(state.config)
+    raise_descriptor_limit(config)
     threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
@@ -6338,15 +6371,15 @@ def serve(options: argparse.Namespace) -> int:
     first.start()  # when its first thread ends, Python 3.8 loads libgcc: without a descriptor left it would abort
     first.join()
     try:
-        listener = listen(state.config.host, state.config.port)
+        listener = listen(config.host, config.port)
     except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
         reason = getattr(error, "strerror", None) or error
-        say(f"cannot listen on {state.config.host} port {state.config.port}: {reason}", 2)
+        say(f"cannot listen on {config.host} port {config.port}: {reason}", 2)
         return EXIT_CANNOT_LISTEN
-    announce(state.config, listener)
-    workers = len(cores()) if state.config.workers == "auto" else int(state.config.workers)
+    announce(config, listener)
+    workers = len(cores()) if config.workers == "auto" else int(config.workers)
     if workers > 1 and sys.platform == "win32":
-        say(f"{config_path(options)}: workers: this system cannot fork, so one process serves", 2)
+        say("workers: this system cannot fork, so one process serves", 2)
         workers = 1
     shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
@@ -6355,7 +6388,7 @@ def serve(options: argparse.Namespace) -> int:
         return share_of(again(), workers)
 
     def serve_one(number: int) -> int:
-        if state.config.cpu_affinity:
+        if config.cpu_affinity:
             bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
         current = share_of(state, workers)
@@ -6373,45 +6406,42 @@ def serve(options: argparse.Namespace) -> int:
 
 def share_of(state: State, workers: int) -> State:
     """Return *state* with one process' share of the limits that are for all processes together."""
-    config, names = state.config, ("max_connections", "max_buffered_bytes")
-    share = {name: math.ceil(getattr(config.limits, name) / workers) for name in names}
-    return state._replace(config=dataclasses.replace(config, limits=dataclasses.replace(config.limits, **share)))
+    limits = state.config.limits
+    connections, buffered = (-(-whole // workers) for whole in (limits.max_connections, limits.max_buffered_bytes))
+    limits = limits._replace(max_connections=connections, max_buffered_bytes=buffered)
+    return state._replace(config=state.config._replace(limits=limits))
 
 
 def announce(config: Config, listener: socket.socket) -> None:
     """Say on stdout where we listen, the real port first, and what is served."""
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if config.tls else "http"
-    say(f"plexus_lite {__version__} listening on {scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+    where = join_authority(*listener.getsockname()[:2])
+    say(f"plexus_lite {__version__} listening on {'https' if config.tls else 'http'}://{where}")
     for name, provider in config.providers.items():
-        urls = ", ".join(provider.urls())
-        say(f"  {name}: {', '.join(provider.models)} at {urls}{'' if provider.enabled else ' (disabled)'}")
+        off = "" if provider.enabled else " (disabled)"
+        say(f"  {name}: {', '.join(provider.models)} at {', '.join(provider.urls())}{off}")
     for name, alias in config.models.items():
         say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
 
 
-def init(_: argparse.Namespace) -> int:
-    say(STARTER.rstrip("\n"))
+def init(_: Options) -> int:
+    say(STARTER)
     return EXIT_OK
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: Options) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    if options.json:
-        say(json.dumps(found.as_json()))
-    else:
-        # Windows' console takes bytes for another encoding.
-        encoding = getattr(sys.stdout, "encoding", None) or ""
-        bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
-        say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
+    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
+    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    width = shutil.get_terminal_size((100, 24)).columns
+    say(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: Options) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
@@ -6421,18 +6451,11 @@ def check(options: argparse.Namespace) -> int:
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
-class Command(NamedTuple):
-    run: Callable[[argparse.Namespace], int]
-    text: str
-    reads_files: bool = False
-    has_json: bool = False
-
-
-COMMANDS: Final = {
-    "serve": Command(serve, "what is done without one"),
-    "init": Command(init, "print a starter configuration"),
-    "check": Command(check, "ask every upstream whether it can be used, at no cost", has_json=True),
-    "report": Command(report, "say what access logs tell of the cache", reads_files=True, has_json=True),
+COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
+    "serve": serve,
+    "init": init,
+    "check": check,
+    "report": report,
 }
 
 
@@ -6442,9 +6465,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
-    options = parse_options(arguments)
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
-        return COMMANDS[options.command].run(options)
+        return COMMANDS[options.command](options)
     except ConfigError as error:
         say(str(error), 2)
         return EXIT_USAGE

@@ -1,14 +1,11 @@
 """Room 3: what a configuration may hold, and the one line that says where and why it may not."""
 
-import argparse
 import copy
-import dataclasses
 import json
 import os
 import tempfile
-import typing
 import unittest
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from unittest import mock
 
 import plexus_lite
@@ -53,6 +50,9 @@ LEVELS: Sequence[Tuple[Any, Sequence[Step], str]] = (
     (plexus_lite.AliasTarget, ("models", "alias", "targets", 0), "models.alias.targets[0]"),
     (plexus_lite.Limits, ("limits",), "limits"),
 )
+CONTAINERS = {"providers", "tls", "keys", "hosts", "models", "prices", "limits", "api_base_url", "targets"}
+CONTAINERS |= {"headers", "session_headers", "affinity_headers"}
+WHOLE = {"port", "workers", "max_connections", "group"}
 JSON_KINDS: Sequence[Tuple[str, Any]] = (
     ("null", None),
     ("a flag", True),
@@ -73,19 +73,34 @@ def document(where: Sequence[Step] = (), **changes: Any) -> Dict[str, Any]:
     return whole
 
 
+class Row(NamedTuple):
+    """A configuration key, what the program knows of it, and the type of its value."""
+
+    name: str
+    setting: plexus_lite.Setting
+    hint: Any
+
+
+def rows_of(cls: Any) -> List[Row]:
+    return [Row(name, one, hint_of(name, one.default)) for name, one in cls.rows.items()]
+
+
 def settings() -> Iterator[Tuple[Any, Sequence[Step], str, Any]]:
-    """Yield (class, way to its object, path of the setting, dataclass field) for every configuration key."""
+    """Yield (class, way to its object, path of the setting, Row) for every configuration key."""
     for cls, where, path in LEVELS:
-        for row in dataclasses.fields(cls):
-            if row.metadata:
-                yield cls, where, f"{path}.{row.name}" if path else row.name, row
+        for row in rows_of(cls):
+            yield cls, where, f"{path}.{row.name}" if path else row.name, row
 
 
-def hint_of(cls: Any, name: str) -> Any:
-    """Return the type of a setting, for Optional[X] the X."""
-    hint = typing.get_type_hints(cls)[name]
-    members = [member for member in getattr(hint, "__args__", ()) if member is not type(None)]
-    return members[0] if getattr(hint, "__origin__", None) is Union else hint
+def hint_of(name: str, default: Any) -> Any:
+    """Return the type of a setting that is no container, told by its name: no check vouches for itself."""
+    if name in CONTAINERS:
+        return object
+    if name in WHOLE or name.endswith("_bytes"):
+        return int
+    if name == "weight" or name.endswith("_s"):
+        return float
+    return bool if isinstance(default, bool) else str
 
 
 def targets(config: plexus_lite.Config, model: str, api: str = "responses") -> List[Tuple[str, str, str]]:
@@ -160,7 +175,7 @@ class EveryKey(ConfigTest):
 
     def test_an_unknown_key_is_refused_at_every_level_and_the_allowed_ones_are_listed(self):
         for cls, where, path in LEVELS:
-            allowed = ", ".join(sorted(row.name for row in dataclasses.fields(cls) if row.metadata))
+            allowed = ", ".join(sorted(row.name for row in rows_of(cls)))
             with self.subTest(cls.__name__):
                 full = f"{path}.surprise" if path else "surprise"
                 message = self.assertRefused(document(where, surprise=1), full + ": ")
@@ -183,7 +198,7 @@ class EveryKey(ConfigTest):
 
     def test_a_required_key_that_is_missing_is_named(self):
         for _, where, path, row in settings():
-            if row.default is dataclasses.MISSING and row.default_factory is dataclasses.MISSING:
+            if row.setting.default is plexus_lite.REQUIRED:
                 whole = document()
                 place: Any = whole
                 for step in where:
@@ -195,15 +210,15 @@ class EveryKey(ConfigTest):
     def test_a_value_of_another_type_is_refused_with_what_was_expected_and_found(self):
         kinds_of = {bool: ("a flag",), int: ("a number",), float: ("a number",), str: ("a string",)}
         seen = 0
-        for cls, where, path, row in settings():
+        for _, where, path, row in settings():
             # Of the containers every kind of container is tried elsewhere; here, what is none.
-            good = kinds_of.get(hint_of(cls, row.name), ("a string", "a list", "an object"))
+            good = kinds_of.get(row.hint, ("a string", "a list", "an object"))
             for kind, value in JSON_KINDS:
                 if kind in good:
                     continue
                 with self.subTest(path, kind=kind):
                     message = self.assertRefused(document(where, **{row.name: value}), path + ": expected ")
-                    if row.repr:
+                    if not row.setting.is_secret:
                         self.assertIn(f", found {plexus_lite.describe(value)}", message)
                     seen += 1
         self.assertGreater(seen, 100)
@@ -221,8 +236,8 @@ class EveryKey(ConfigTest):
                         self.assertLine(str(error), "")
 
     def test_numbers_have_bounds_and_no_other_spelling(self):
-        for cls, where, path, row in settings():
-            hint = hint_of(cls, row.name)
+        for _, where, path, row in settings():
+            hint = row.hint
             if hint not in (int, float):
                 continue
             rows = [("negative", -1), ("huge", 2**60), ("a string", "5"), ("infinite", float("inf"))]
@@ -234,8 +249,8 @@ class EveryKey(ConfigTest):
                     self.assertRefused(document(where, **{row.name: value}), wanted, ", found ")
 
     def test_an_empty_string_is_refused_everywhere(self):
-        for cls, where, path, row in settings():
-            if hint_of(cls, row.name) is str:
+        for _, where, path, row in settings():
+            if row.hint is str:
                 with self.subTest(path):
                     self.assertRefused(document(where, **{row.name: ""}), path + ": expected ")
 
@@ -266,8 +281,8 @@ class EveryKey(ConfigTest):
 
     def test_zero_means_none_only_where_the_contract_says_so(self):
         may_be_zero = {"port", "limits.drain_s", "limits.keepalive_s", "providers.up.wait_on_429_s"}
-        for cls, where, path, row in settings():
-            if hint_of(cls, row.name) in (int, float):
+        for _, where, path, row in settings():
+            if row.hint in (int, float):
                 with self.subTest(path):
                     if path in may_be_zero:
                         plexus_lite.parse_config(document(where, **{row.name: 0}))
@@ -278,12 +293,11 @@ class EveryKey(ConfigTest):
         reference = plexus_lite.render_reference()
         prefixes = ("", "keys.NAME.", "providers.NAME.", "models.NAME.", "models.NAME.targets[].", "limits.")
         for (cls, _, _), prefix in zip(LEVELS, prefixes):
-            for row in dataclasses.fields(cls):
-                if row.metadata:
-                    with self.subTest(prefix + row.name):
-                        lines = [line for line in reference.splitlines() if line.split()[0] == prefix + row.name]
-                        self.assertEqual(len(lines), 1)
-                        self.assertIn(row.metadata["text"], lines[0])
+            for row in rows_of(cls):
+                with self.subTest(prefix + row.name):
+                    lines = [line for line in reference.splitlines() if line.split()[0] == prefix + row.name]
+                    self.assertEqual(len(lines), 1)
+                    self.assertIn(row.setting.text, lines[0])
         self.assertIn("(15)", reference)
         self.assertIn("(required)", reference)
 
@@ -314,6 +328,38 @@ class Lines(ConfigTest):
     def test_long_values_are_cut(self):
         message = self.assertRefused(document((), port="x" * 5000), "port: expected ")
         self.assertLess(len(message), 200)
+
+
+class Values(unittest.TestCase):
+    """What the classes of the configuration have in common."""
+
+    def test_they_never_change(self):
+        limits = plexus_lite.Limits(drain_s=1)
+        for name in ("drain_s", "nonesuch"):
+            with self.assertRaises(AttributeError):
+                setattr(limits, name, 2)
+        self.assertEqual(limits.drain_s, 1)
+
+    def test_a_copy_has_the_changes_and_the_rest(self):
+        provider = plexus_lite.parse_config(DOCUMENT).providers["up"]
+        other = provider._replace(account="shared")
+        self.assertEqual(
+            (provider.account, other.account, other.name, other.models),
+            (None, "shared", "up", {"gpt": ("responses", "chat")}),
+        )
+        self.assertEqual(other._replace(account=None), provider)
+        self.assertNotEqual(other, provider)
+        with self.assertRaises(TypeError):
+            hash(provider)
+
+    def test_members_that_are_missing_or_unknown_are_refused(self):
+        for make in (plexus_lite.Key, lambda: plexus_lite.Limits(drains=1), lambda: plexus_lite.Limits()._replace(x=1)):
+            with self.assertRaises(TypeError):
+                make()
+
+    def test_equal_members_are_not_enough_across_classes(self):
+        self.assertNotEqual(plexus_lite.Tls("a"), plexus_lite.Key("a"))
+        self.assertEqual(plexus_lite.Key("a"), plexus_lite.Key("a"))
 
 
 class Secrets(ConfigTest):
@@ -705,7 +751,7 @@ class Files(ConfigTest):
             if content is not None:
                 with open(path, "wb") as file:
                     file.write(content)
-            return plexus_lite.read_config(path, argparse.Namespace(**{"host": None, "port": None, **options}))
+            return plexus_lite.read_config(path, plexus_lite.Options(**options))
 
     def test_the_contract_s_example_with_the_environment_s_variables(self):
         with mock.patch.dict(os.environ, VARIABLES):
@@ -716,7 +762,7 @@ class Files(ConfigTest):
 
     def test_host_and_port_give_way_to_the_options_before_anything_is_checked(self):
         content = json.dumps(document((), host="0.0.0.0", port=1, keys={})).encode()
-        config = self.read(content, host="127.0.0.1", port=0)
+        config = self.read(content, host="127.0.0.1", port="0")
         self.assertEqual((config.host, config.port), ("127.0.0.1", 0))
         content = json.dumps(document((), keys={})).encode()
         with self.assertRaises(plexus_lite.ConfigError) as caught:
@@ -753,7 +799,7 @@ class Files(ConfigTest):
 
     def test_the_command_line_names_file_path_and_what_is_allowed_and_exits_with_2(self):
         provider = {"api_base_urll": "http://up/v1", "models": ["m"]}
-        allowed = ", ".join(sorted(row.name for row in dataclasses.fields(plexus_lite.Provider) if row.metadata))
+        allowed = ", ".join(sorted(row.name for row in rows_of(plexus_lite.Provider)))
         rows = (
             (
                 "unknown key",

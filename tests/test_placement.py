@@ -1,6 +1,5 @@
 """Room 6: which upstream gets a conversation, and that it gets it again after a restart or a failure."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -202,7 +201,7 @@ class Plans(unittest.TestCase):
     def test_an_owner_is_known_by_another_of_its_models(self):
         """What a replica issued under one name it can read under every other."""
         three = self.order[2]
-        other = dataclasses.replace(three, model="another")
+        other = three._replace(model="another")
         self.assertNotEqual(other.id, three.id)
         self.assertEqual(self.plan(owner=other.place).targets[0], three)
 
@@ -375,7 +374,7 @@ class Cooldown(unittest.TestCase):
     def test_names_that_clients_invent_do_not_fill_the_memory(self):
         fleet = plexus_lite.Fleet()
         for number in range(plexus_lite.MAX_REMEMBERED + 50):
-            fleet.failed(dataclasses.replace(target("a"), model=f"invented-{number}"), 1.0)
+            fleet.failed(target("a")._replace(model=f"invented-{number}"), 1.0)
         self.assertEqual(len(fleet._failures), plexus_lite.MAX_REMEMBERED)
 
     def test_it_doubles_from_2_to_300_seconds(self):

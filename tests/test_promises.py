@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import io
@@ -274,9 +273,8 @@ class Documents(unittest.TestCase):
     def keys() -> Iterator[Tuple[str, str]]:
         """Yield (path, key) of every configuration key."""
         for cls in SETTINGS:
-            for row in dataclasses.fields(cls):
-                if row.metadata:
-                    yield f"{cls.__name__}.{row.name}", row.name
+            for name in cls.rows:
+                yield f"{cls.__name__}.{name}", name
 
     def test_config_json_loads_and_is_what_init_prints(self):
         text = read("config.json")

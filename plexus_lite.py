@@ -73,7 +73,6 @@ import datetime
 import email.utils
 import errno
 import functools
-import gzip
 import hashlib
 import hmac
 import http
@@ -103,7 +102,6 @@ import urllib.parse
 import urllib.request
 import zlib
 from typing import (
-    IO,
     Any,
     Callable,
     Deque,
@@ -5645,209 +5643,148 @@ def page_headers(page: str) -> List[Field]:
 # ---------------------------------------------------------------------------
 
 GROUPS: Final = ("model", "provider", "target", "key")
+COUNTED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in each row
 SHOWN_ROWS: Final = 20  # of a table
-SHOWN_COUNTS: Final = 8  # of a row by name; there is no more than that of reasons
 WORST_SESSIONS: Final = 10
-MAX_PLACES: Final = 10_000  # clients can make models up: further ones are counted together
-MAX_COUNTS: Final = 1000  # of a row with this many (822 can be classes of TTFB), new codes are counted together
+MAX_NAMES: Final = 20_000  # at one place: clients can make names up, and further ones are counted together
 LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
-INEVITABLE: Final = frozenset({"first_request", "below_minimum"})  # no cache could have helped
-UNITS: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
-UNITS_MS: Final = (("s", 1e3), ("ms", 1))
-MISSED: Final = ("tokens", "missed_tokens")
-Counts = Dict[Tuple[str, Any], float]  # (kind, name): count
+INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
+LINE: Final = "%-*s%10s%7s%7s%7s%7s%10s%7s%7s%7s  %s"  # of a table; the last is a bar
+TITLES: Final = ("requests", "hit", "input", "cached", "missed", "TTFB p50", "p90", "p99", "errors", "")
 
 
-def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Counts:
-    """Return what a record with these members adds to its rows."""
-    found: Counts = {("requests", ""): 1}
-    found.update({("tokens", name): numbers[name] for name in USAGE_NAMES if name in numbers})
-    reason, error, status = names.get("miss_reason"), names.get("error"), numbers.get("status", 0)
-    if "input_tokens" in numbers and "cached_tokens" in numbers:
-        used, cached = numbers["input_tokens"], numbers["cached_tokens"]
-        found.update({("known", "requests"): 1, ("known", "input"): used, ("known", "cached"): cached})
-        found[MISSED] = max(used - cached, 0) if reason and reason not in INEVITABLE else 0
-    if reason:
-        found["misses", reason] = 1
-    if reason == "prefix_changed":
-        found["prefix_changed_at", names.get("prefix_changed_at", "input")] = 1
-    if error or status >= 400:
-        found["errors", error or str(status)] = 1
-    elif "ttfb_ms" in numbers:
-        found["ttfb", math.floor(math.log(max(numbers["ttfb_ms"], 0.01)) / CLASS_WIDTH)] = 1
-    return found
+def add_up(sums: Dict[Any, Any], counts: Mapping[Any, Any]) -> None:
+    """Add *counts* to *sums*; under each name is a number, or again a mapping of that kind."""
+    for name, count in counts.items():
+        if name not in sums and len(sums) >= MAX_NAMES:
+            name = OTHER
+        if isinstance(count, dict):
+            add_up(sums.setdefault(name, {}), count)
+        else:
+            sums[name] = sums.get(name, 0) + count
 
 
-def add_counts(row: Counts, counts: Counts) -> None:
-    for key, count in counts.items():
-        if key not in row and len(row) >= MAX_COUNTS and key[0] in ("errors", "used"):
-            key = key[0], OTHER
-        row[key] = row.get(key, 0) + count
-
-
-def ranked(rows: Mapping[Optional[str], Counts]) -> List[Tuple[Optional[str], Counts]]:
-    """Return *rows* with the most missed tokens first, then the most requests."""
-    return sorted(rows.items(), key=lambda item: (-item[1].get(MISSED, 0), -item[1]["requests", ""]))
-
-
-def percentile(classes: Mapping[int, float], percent: int) -> Optional[float]:
-    """Return the nearest-rank percentile in milliseconds, None of nothing."""
+def percentile(classes: Mapping[float, float], percent: int) -> Optional[float]:
+    """Return the nearest-rank percentile of the TTFB in milliseconds, None of nothing."""
     rank = sum(classes.values()) * percent / 100
     for place in sorted(classes):
         rank -= classes[place]
         if rank <= 0:
-            return float(f"{math.exp((place + 0.5) * CLASS_WIDTH):.4g}")
+            return round(math.exp((place + 0.5) * CLASS_WIDTH), 3)
     return None
 
 
-def figures_of(name: Optional[str], row: Counts) -> Dict[str, Any]:
+def figures_of(name: Optional[str], row: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the figures of a row, null where nothing is known; what is counted by name, the most frequent first."""
-    parts: Dict[str, Dict[Any, float]] = collections.defaultdict(dict)
-    for (kind, inner), count in sorted(row.items(), key=lambda item: -item[1]):
-        parts[kind][inner] = count
-    known = parts["known"]
-    figures: Dict[str, Any] = {"name": name, "requests": parts["requests"].get("", 0)}
-    figures["requests_with_usage"] = known.get("requests", 0)
-    figures["hit_rate"] = round(known["cached"] / known["input"], 4) if known.get("input") else None
-    figures.update({name: parts["tokens"].get(name) for name in (*USAGE_NAMES, "missed_tokens")})
-    figures["ttfb_ms"] = {f"p{percent}": percentile(parts["ttfb"], percent) for percent in (50, 90, 99)}
-    return {**figures, **{kind: parts[kind] for kind in ("misses", "prefix_changed_at", "errors", "used")}}
+    figures = {"name": name, "requests": row["requests"], "requests_with_usage": row.get("requests_with_usage", 0)}
+    figures["hit_rate"] = round(row["hit"] / row["known"], 4) if row.get("known") else None
+    figures.update((figure, row.get(figure)) for figure in (*USAGE_NAMES, "missed_tokens"))
+    figures["ttfb_ms"] = {f"p{percent}": percentile(row.get("ttfb", {}), percent) for percent in (50, 90, 99)}
+    for kind in COUNTED:
+        figures[kind] = dict(sorted(row.get(kind, {}).items(), key=lambda item: -item[1]))
+    return figures
 
 
-def short(value: Optional[float], units: Sequence[Tuple[str, float]] = UNITS) -> str:
-    """Return *value* in the largest of *units* that it fills; "-" if it is not known."""
+def short(value: Optional[float], units: Sequence[str] = ("", "k", "M", "G")) -> str:
+    """Return *value* in the largest of *units* that it fills, each 1000 of the one before; "-" if it is not known."""
     if value is None:
         return "-"
-    unit, size = next((row for row in units if value >= row[1]), units[-1])
-    value /= size
-    return f"{value:.{0 if value >= 99.5 or value == int(value) else 1}f}{unit}"
-
-
-def render_bar(share: float) -> str:
-    """Return a bar of eight characters at most, in steps of an eighth of one."""
-    full, eighths = divmod(round(min(share, 1) * 64), 8)
-    return " " + "\u2588" * full + (chr(0x2590 - eighths) if eighths else "")
-
-
-# Heading, width, rank (where the terminal is narrow the highest goes first), text.
-COLUMNS: Final[Sequence[Tuple[str, int, int, Callable[[Mapping[str, Any]], str]]]] = (
-    ("requests", 10, 1, lambda row: f"{row['requests']:,}"),
-    ("hit", 7, 0, lambda row: "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"),
-    ("", 9, 9, lambda row: render_bar(row["hit_rate"] or 0).ljust(9)),
-    ("input", 7, 5, lambda row: short(row["input_tokens"])),
-    ("cached", 7, 7, lambda row: short(row["cached_tokens"])),
-    ("missed", 7, 2, lambda row: short(row["missed_tokens"])),
-    ("TTFB p50", 10, 6, lambda row: short(row["ttfb_ms"]["p50"], UNITS_MS)),
-    ("p90", 7, 8, lambda row: short(row["ttfb_ms"]["p90"], UNITS_MS)),
-    ("p99", 7, 4, lambda row: short(row["ttfb_ms"]["p99"], UNITS_MS)),
-    ("errors", 7, 3, lambda row: f"{sum(row['errors'].values()):,}"),
-)
-
-
-def render_table(heading: str, rows: Sequence[Mapping[str, Any]], width: int, bars: bool) -> Iterator[str]:
-    columns = [column for column in COLUMNS if bars or column[0]]
-    while sum(column[1] for column in columns) > width - 16:  # what a name needs
-        columns.remove(max(columns, key=lambda column: column[2]))
-    space = width - sum(column[1] for column in columns)
-    yield ""
-    yield heading.ljust(space) + "".join(title.rjust(size) for title, size, _, _ in columns)
-    for row in rows[:SHOWN_ROWS]:
-        name = one_line(row["name"] or "(none)")
-        if len(name) > space:  # the ends tell names apart
-            name = name[: space // 2 - 1] + ".." + name[space // 2 + 1 - space :]
-        yield name.ljust(space) + "".join(text(row).rjust(size) for _, size, _, text in columns)
-        for kind in ("misses", "prefix_changed_at", "errors", "used"):
-            if row[kind]:
-                counts = [one_line(f"{name} {count:,}") for name, count in row[kind].items()]
-                counts[SHOWN_COUNTS:] = ["..."] * (len(counts) > SHOWN_COUNTS)
-                yield from textwrap.wrap(f"  {kind}: {', '.join(counts)}", width, subsequent_indent="    ")
-    if len(rows) > SHOWN_ROWS:
-        yield f"and {len(rows) - SHOWN_ROWS:,} more"
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.{int(value < 99.5 and value % 1 > 0)}f}{units[0]}"
 
 
 class Report:
     """Counts of access log records, in bounded memory however many there are.  No I/O."""
 
     def __init__(self) -> None:
-        self.first = self.last = ""
-        self.answered_here = self.sessions_dropped = 0
-        self._places: Dict[Tuple[Optional[str], ...], Counts] = {}  # by all of GROUPS: one row to count in, not four
-        self._sessions: collections.OrderedDict[Optional[str], Counts]  # the least recently seen first
-        self._sessions = collections.OrderedDict()
+        self._first = self._last = ""
+        self._answered_here = 0
+        self._places: Dict[Any, Any] = {}  # rows by all of GROUPS: one to count in, not four
+        self._sessions: Dict[Any, Any] = {}
 
     def add(self, record: Any) -> bool:
         """Return False if *record* is no access log record: the log has events as well, and files have anything."""
-        members = record if isinstance(record, dict) else {}
-        names = {name: value[:100] for name, value in members.items() if isinstance(value, str) and value}
-        numbers = {
-            name: value for name, value in members.items() if isinstance(value, (int, float)) and 0 <= value < 1e12
-        }
-        if "level" in members or "ts" not in names or "status" not in numbers:
+        items = record.items() if isinstance(record, dict) and "level" not in record else ()
+        names = {name: value[:100] for name, value in items if isinstance(value, str) and value}
+        numbers = {name: value for name, value in items if isinstance(value, (int, float)) and 0 <= value < 1e12}
+        if "ts" not in names or "status" not in numbers:
             return False
-        if numbers.get("attempts") == 0 and "error" not in names:  # a probe of /health each second would hide the rest
-            self.answered_here += 1
+        reason, error = names.get("miss_reason"), names.get("error")
+        if numbers.get("attempts") == 0 and not error:  # a probe of /health each second would hide the rest
+            self._answered_here += 1
             return True
-        self.first, self.last = min(self.first or names["ts"], names["ts"]), max(self.last, names["ts"])
-        counts = tally_of(names, numbers)
-        place = tuple(names.get(kind) for kind in GROUPS)
-        if place not in self._places and len(self._places) >= MAX_PLACES:
-            place = (OTHER,) * len(GROUPS)
-        add_counts(self._places.setdefault(place, {}), counts)
+        if numbers["status"] >= 400:
+            error = error or str(numbers["status"])
+        self._first, self._last = min(self._first or names["ts"], names["ts"]), max(self._last, names["ts"])
+        row: Dict[str, Any] = {"requests": 1, **{name: numbers[name] for name in USAGE_NAMES if name in numbers}}
+        if "input_tokens" in numbers and "cached_tokens" in numbers:
+            used, cached = numbers["input_tokens"], numbers["cached_tokens"]
+            missed = 0 if reason in INEVITABLE else max(used - cached, 0)
+            row.update(requests_with_usage=1, known=used, hit=cached, missed_tokens=missed)
+        changed = reason == "prefix_changed" and names.get("prefix_changed_at", "input")
+        row.update((kind, {name: 1}) for kind, name in zip(COUNTED, (reason, changed, error)) if name)
+        if "ttfb_ms" in numbers and not error:
+            row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
+        place = tuple(map(names.get, GROUPS))
+        add_up(self._places, {place: row})
         if "session" in names:
-            session = names["session"]
-            counts["used", " ".join(filter(None, place))] = 1
-            add_counts(self._sessions.setdefault(session, {}), counts)
-            self._sessions.move_to_end(session)
-            if len(self._sessions) > MAX_REMEMBERED:
-                self._sessions.popitem(last=False)
-                self.sessions_dropped += 1
+            row["used"] = {" ".join(filter(None, place)): 1}
+            add_up(self._sessions, {names["session"]: row})
         return True
 
     def as_json(self) -> Dict[str, Any]:
         """Return all that render shows, and the rows that it leaves out."""
-        total: Counts = {}
-        tables: Dict[str, Dict[Optional[str], Counts]] = {kind: {} for kind in GROUPS}
-        for place, counts in self._places.items():
-            add_counts(total, counts)
-            for kind, name in zip(GROUPS, place):
-                add_counts(tables[kind].setdefault(name, {}), counts)
-        found: Dict[str, Any] = {"from": self.first or None, "to": self.last or None, "sessions": len(self._sessions)}
-        found.update(sessions_dropped=self.sessions_dropped, answered_here=self.answered_here)
-        found["total"] = figures_of("all", total)
-        found.update({kind: [figures_of(*item) for item in ranked(rows)] for kind, rows in tables.items()})
-        worst = [item for item in ranked(self._sessions)[:WORST_SESSIONS] if item[1].get(MISSED)]
-        return {**found, "worst_sessions": [figures_of(*item) for item in worst]}
+        tables: Dict[str, Any] = {"total": {"all": {"requests": 0}}, "session": self._sessions}
+        tables.update((kind, {}) for kind in GROUPS)
+        for place, row in self._places.items():
+            names = [OTHER] * len(GROUPS) if place == OTHER else place
+            add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
+        found: Dict[str, Any] = {"from": self._first or None, "to": self._last or None}
+        for kind, table in tables.items():  # the most missed tokens first, then the most requests
+            rows = map(figures_of, table, table.values())
+            found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
+        sessions = found.pop("session")
+        worst = [row for row in sessions[:WORST_SESSIONS] if row["missed_tokens"]]
+        found.update(total=found["total"][0], answered_here=self._answered_here, sessions=len(sessions))
+        return {**found, "worst_sessions": worst}
 
     def render(self, width: int, bars: bool) -> str:
         """Return the tables for a terminal of *width* columns; with *bars* it can show block characters."""
+        import textwrap
+
         found, width = self.as_json(), min(max(width, 40), 120)
-        total = found["total"]
+        total, bars = found["total"], bars and width >= 90
+        space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
         counted = f"{total['requests']:,} requests in {found['sessions']:,} sessions, "
-        counted += one_line(f"{self.first[:19]} to {self.last[:19]} UTC")
-        if self.answered_here:
-            counted += f"; {self.answered_here:,} more (/health, say) needed no upstream"
-        if self.sessions_dropped:
-            counted += f"; {self.sessions_dropped:,} sessions, the least recently seen, were dropped from their table"
+        counted += f"{self._first[:19]} to {self._last[:19]} UTC"
+        if self._answered_here:
+            counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"
         legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
         legend += "missed: tokens sent uncached though a hit was possible; TTFB: of answers without error, within 2 %"
-        lines = [*textwrap.wrap(counted, width), *textwrap.wrap(legend, width)]
-        lines += render_table("total", [total], width, bars)
-        for kind in (*GROUPS, "worst_sessions"):
-            if any(row["name"] for row in found[kind]):  # without keys, say, a table would repeat the total
-                lines += render_table(kind.replace("_", " "), found[kind], width, bars)
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield each line of *file*; of one that is too long the beginning."""
-    for line in iter(lambda: file.readline(LOG_LINE_BYTES), b""):
-        yield line
-        while line and not line.endswith(b"\n"):
-            line = file.readline(LOG_LINE_BYTES)
+        lines = [counted, legend]
+        for table in ("total", *GROUPS, "worst_sessions"):
+            rows = [total] if table == "total" else found[table]
+            if not any(row["name"] for row in rows):  # without keys, say, a table would repeat the total
+                continue
+            lines += ["", LINE % (space, table.replace("_", " "), *TITLES)]
+            for row in rows[:SHOWN_ROWS]:
+                hit = row["hit_rate"]
+                cells = [f"{row['requests']:,}", "-" if hit is None else f"{hit:.1%}"]
+                cells += [short(row[name]) for name in ("input_tokens", "cached_tokens", "missed_tokens")]
+                cells += [short(time, ("ms", "s")) for time in row["ttfb_ms"].values()]
+                cells += [f"{sum(row['errors'].values()):,}", "\u2588" * round(8 * (hit or 0) * bars)]
+                lines.append(LINE % (space, one_line(row["name"] or "(none)")[-space:], *cells))
+                for kind in filter(row.get, COUNTED):
+                    lines.append(f"  {kind}: " + ", ".join(f"{name} {count:,}" for name, count in row[kind].items()))
+            if len(rows) > SHOWN_ROWS:
+                lines.append(f"and {len(rows) - SHOWN_ROWS:,} more")
+        wrap = textwrap.TextWrapper(width, subsequent_indent="    ", max_lines=4).wrap
+        return "\n".join(part for line in lines for part in wrap(one_line(line)) or [""])
 
 
 def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
@@ -5855,28 +5792,30 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
     ConfigError names a file that cannot be read.  With *is_shown* stderr says how much of a large file is read.
     """
-    strays, first_stray = 0, ""
+    import gzip
+
+    strays, first = 0, ""
     for path in paths:
+        is_begun = False
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as raw:
-                is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
-                file: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-                size = os.fstat(raw.fileno()).st_size  # 0 is a pipe
-                for number, line in enumerate(lines_of(file), 1):
-                    is_record = False
-                    with contextlib.suppress(ValueError, RecursionError):
-                        is_record = report.add(json.loads(line))
+                file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+                size = is_shown and os.fstat(raw.fileno()).st_size  # 0 is a pipe
+                for number, line in enumerate(iter(functools.partial(file.readline, LOG_LINE_BYTES), b""), 1):
+                    try:
+                        is_record = is_begun or report.add(json.loads(line))
+                    except (ValueError, RecursionError):
+                        is_record = False
                     if not is_record:
-                        strays, first_stray = strays + 1, first_stray or f"{path}:{number}"
-                    if is_shown and size and number % PROGRESS_LINES == 0:
-                        sys.stderr.write(f"\r{path}: {raw.tell() / size:.0%} of {size / MIB:,.0f} MiB ")
-                        sys.stderr.flush()
-                if is_shown and size:
-                    sys.stderr.write("\r" + " " * (len(path) + 20) + "\r")
+                        strays, first = strays + 1, first or f"{path}:{number}"
+                    is_begun = line[-1:] != b"\n"
+                    if size and number % PROGRESS_LINES == 0:
+                        print(end=f"\r{path}: {raw.tell() / size:.0%} ", file=sys.stderr, flush=True)
+                if size:
+                    print(end="\r" + " " * (len(path) + 9) + "\r", file=sys.stderr)
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    lines = "1 line is no record" if strays == 1 else f"{strays:,} lines are no records"
-    return f"{lines} (first: {first_stray})" if strays else ""
+    return f"lines that are no records: {strays:,} (first: {first})" if strays else ""
 
 
 # ---------------------------------------------------------------------------
@@ -6361,13 +6300,10 @@ def report(options: argparse.Namespace) -> int:
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    if options.json:
-        say(json.dumps(found.as_json()))
-    else:
-        # Windows' console takes bytes for another encoding.
-        encoding = getattr(sys.stdout, "encoding", None) or ""
-        bars = os.isatty(1) and encoding.lower() == "utf-8" and sys.platform != "win32"
-        say(found.render(shutil.get_terminal_size((100, 24)).columns, bars))
+    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
+    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    width = shutil.get_terminal_size((100, 24)).columns
+    say(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 

@@ -5172,7 +5172,7 @@ class DemoBackend:
     SHARDS: Final = 16
 
     def __init__(self) -> None:
-        self._shards = [Remembered(1000) for _ in range(self.SHARDS)]
+        self._prefixes = Remembered(1000 * self.SHARDS)  # digests, of the shard too
         self.responses = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
@@ -5188,18 +5188,17 @@ class DemoBackend:
     def read_prompt(self, session: Optional[str], request: Mapping[str, Any]) -> Tuple[int, int, int]:
         """Return the shard that *session* leads to, the input tokens, and how many the shard has cached of them; it
         caches the rest."""
-        number = random.randrange(self.SHARDS) if session is None else int(text_digest(session), 16) % self.SHARDS
-        shard, items = self._shards[number], request.get("input")
-        prefix = json.dumps([request.get("model"), request.get("instructions"), request.get("tools")])
-        digest, total, cached = "", 0, 0
+        shard = int(text_digest(session or str(random.random())), 16) % self.SHARDS
+        digest, total, cached, items = str(shard), 0, 0, request.get("input")
+        begin = [request.get(name) for name in PREFIX_MEMBERS]
         for item in items if isinstance(items, list) and items else [items]:
-            text, prefix = prefix + json.dumps(item), ""
-            total += max(1, len(text) // 4)
+            text, begin = json.dumps([*begin, item]), []
+            total += len(text) // 4
             digest = text_digest(digest + text)
-            if shard.get(digest, 0.0):
+            if self._prefixes.get(digest, 0.0):
                 cached = total
-            shard.put(digest, "seen", 0.0)
-        return number, total, cached
+            self._prefixes.put(digest, "seen", 0.0)
+        return shard, total, cached
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -5210,87 +5209,78 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        response_id = self.path.rpartition("/")[2]
+        stored = self.server.responses.get(response_id, 0.0)
         if self.path == "/models":  # "*": any; the echo is for `check`
             echo = {name.lower(): value for name, value in self.headers.items() if name.lower() not in CREDENTIALS}
-            return self._send_json({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
-        stored = self.server.responses.get(self.path.rpartition("/")[2], 0.0)
-        if stored is None:
-            problem = {"message": "no such response", "type": "invalid_request_error"}
-            return self._send_json({"error": problem}, 404)
-        return self._send_json(json.loads(stored))
+            self._send({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
+        elif stored is None:
+            self._send({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
+        elif self.command == "DELETE":
+            self.server.responses.forget(response_id)
+            self._send({"id": response_id, "object": "response", "deleted": True})
+        else:
+            self._send(json.loads(stored))
 
-    def do_DELETE(self) -> None:
-        response_id = self.path.rpartition("/")[2]
-        self.server.responses.forget(response_id)
-        self._send_json({"id": response_id, "object": "response", "deleted": True})
+    do_DELETE = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding"):
             problem = {"message": "the demo reads plain JSON", "type": "invalid_request_error"}
-            return self._send_json({"error": problem}, 415)
+            return self._send({"error": problem}, 415)
         request, path = json.loads(body), self.path.partition("?")[0]
         session = self.headers.get("session_id") or self.headers.get("session-id")
         shard, total, cached = self.server.read_prompt(session, request)
         if path.endswith("/input_tokens"):
-            return self._send_json({"object": "response.input_tokens", "input_tokens": total})
+            return self._send({"object": "response.input_tokens", "input_tokens": total})
         names = ("session_id", "session-id", "x-client-request-id")
         seen = ", ".join(f"{name}: {self.headers.get(name) or '(none)'}" for name in names)
         text = f"Hello from shard {shard}. I saw {seen}. {cached} of {total} input tokens were cached."
-        response = self._response(request.get("model"), text, total, cached)
-        if path.endswith("/compact"):
-            return self._send_json({**response, "object": "response.compaction"})
-        self.server.responses.put(response["id"], json.dumps(response), 0.0)
-        if request.get("stream"):
-            return self._stream(response, text)
-        return self._send_json(response)
-
-    def _response(self, model: Any, text: str, total: int, cached: int) -> Dict[str, Any]:
-        words = len(text.split())
-        item = {"id": "msg_" + secrets.token_hex(16), "type": "message", "role": "assistant"}
-        content = [{"type": "output_text", "text": text, "annotations": []}]
+        words, token = len(text.split()), secrets.token_hex(16)
+        part = {"type": "output_text", "text": text, "annotations": []}
+        item = {"id": "msg_" + token, "type": "message", "role": "assistant", "content": [part], "status": "completed"}
         usage = {"input_tokens": total, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": words}
         usage.update(output_tokens_details={"reasoning_tokens": 0}, total_tokens=total + words)
-        response = {"id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time())}
-        output = [{**item, "content": content, "status": "completed"}]
-        return {**response, "status": "completed", "model": model, "output": output, "usage": usage}
+        response = {"id": "resp_" + token, "object": "response", "created_at": int(time.time()), "status": "completed"}
+        response.update(model=request.get("model"), output=[item], usage=usage)
+        if path.endswith("/compact"):
+            return self._send({**response, "object": "response.compaction"})
+        self.server.responses.put("resp_" + token, json.dumps(response), 0.0)
+        return self._send(self._events_of(response, item, part) if request.get("stream") else response)
 
-    def _stream(self, response: Dict[str, Any], text: str) -> None:
-        """Send the event sequence of the real API, a word at a time."""
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        begun = {**response, "status": "in_progress", "output": [], "usage": None}
-        item = response["output"][0]
-        part = item["content"][0]
-        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        events: List[Tuple[str, Dict[str, Any]]] = [
-            ("created", {"response": begun}),
-            ("in_progress", {"response": begun}),
-            ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+    def _events_of(self, response: Dict[str, Any], item: Dict[str, Any], part: Dict[str, Any]) -> Iterator[bytes]:
+        """Yield the event sequence of the real API, a word at a time."""
+        begun = {"response": {**response, "status": "in_progress", "output": [], "usage": None}}
+        at = {"output_index": 0}
+        where = {**at, "item_id": item["id"], "content_index": 0}
+        events = [
+            ("created", begun),
+            ("in_progress", begun),
+            ("output_item.added", {**at, "item": {**item, "status": "in_progress", "content": []}}),
             ("content_part.added", {**where, "part": {**part, "text": ""}}),
-            *(("output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", text)),
-            ("output_text.done", {**where, "text": text}),
+            *(("output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", part["text"])),
+            ("output_text.done", {**where, "text": part["text"]}),
             ("content_part.done", {**where, "part": part}),
-            ("output_item.done", {"output_index": 0, "item": item}),
+            ("output_item.done", {**at, "item": item}),
             ("completed", {"response": response}),
         ]
         for number, (name, data) in enumerate(events):
             payload = json.dumps({"type": f"response.{name}", "sequence_number": number, **data})
-            event = f"event: response.{name}\ndata: {payload}\n\n".encode()
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
-            if name == "output_text.delta":
+            yield f"event: response.{name}\ndata: {payload}\n\n".encode()
+            if "delta" in data:
                 time.sleep(0.01)  # so that a person sees it stream
-        self.wfile.write(b"0\r\n\r\n")
 
-    def _send_json(self, value: Any, status: int = 200) -> None:
-        body = render_json(value)
+    def _send(self, answer: Union[Dict[str, Any], Iterator[bytes]], status: int = 200) -> None:
+        """Send a JSON object, or a stream of events."""
+        is_object = isinstance(answer, dict)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json" if is_object else "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(body)
+        for part in [render_json(answer)] if is_object else answer:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
 
 
 # ---------------------------------------------------------------------------

@@ -5254,7 +5254,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         begun = {"response": {**response, "status": "in_progress", "output": [], "usage": None}}
         at = {"output_index": 0}
         where = {**at, "item_id": item["id"], "content_index": 0}
-        events = [
+        events: List[Tuple[str, Dict[str, Any]]] = [
             ("created", begun),
             ("in_progress", begun),
             ("output_item.added", {**at, "item": {**item, "status": "in_progress", "content": []}}),
@@ -5271,8 +5271,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             if "delta" in data:
                 time.sleep(0.01)  # so that a person sees it stream
 
-    def _send(self, answer: Union[Dict[str, Any], Iterator[bytes]], status: int = 200) -> None:
-        """Send a JSON object, or a stream of events."""
+    def _send(self, answer: Any, status: int = 200) -> None:
+        """Send *answer*, a JSON object or an iterator of events."""
         is_object = isinstance(answer, dict)
         self.send_response(status)
         self.send_header("Content-Type", "application/json" if is_object else "text/event-stream; charset=utf-8")

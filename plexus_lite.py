@@ -5227,8 +5227,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding"):
-            problem = {"message": "the demo reads plain JSON", "type": "invalid_request_error"}
-            return self._send({"error": problem}, 415)
+            return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
         request, path = json.loads(body), self.path.partition("?")[0]
         session = self.headers.get("session_id") or self.headers.get("session-id")
         shard, total, cached = self.server.read_prompt(session, request)
@@ -5636,17 +5635,18 @@ GROUPS: Final = ("model", "provider", "target", "key")
 COUNTED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in each row
 SHOWN_ROWS: Final = 20  # of a table
 WORST_SESSIONS: Final = 10
-MAX_NAMES: Final = 20_000  # at one place: clients can make names up, and further ones are counted together
+MAX_NAMES: Final = 10_000  # at one place: clients can make names up, and further ones are counted together
 LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
 INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
 LINE: Final = "%-*s%10s%7s%7s%7s%7s%10s%7s%7s%7s  %s"  # of a table; the last is a bar
 TITLES: Final = ("requests", "hit", "input", "cached", "missed", "TTFB p50", "p90", "p99", "errors", "")
+Counts = Dict[Any, Any]  # under each name a number, or again Counts
 
 
-def add_up(sums: Dict[Any, Any], counts: Mapping[Any, Any]) -> None:
-    """Add *counts* to *sums*; under each name is a number, or again a mapping of that kind."""
+def add_up(sums: Counts, counts: Counts) -> None:
+    """Add *counts* to *sums*."""
     for name, count in counts.items():
         if name not in sums and len(sums) >= MAX_NAMES:
             name = OTHER
@@ -5656,7 +5656,7 @@ def add_up(sums: Dict[Any, Any], counts: Mapping[Any, Any]) -> None:
             sums[name] = sums.get(name, 0) + count
 
 
-def percentile(classes: Mapping[float, float], percent: int) -> Optional[float]:
+def percentile(classes: Counts, percent: int) -> Optional[float]:
     """Return the nearest-rank percentile of the TTFB in milliseconds, None of nothing."""
     rank = sum(classes.values()) * percent / 100
     for place in sorted(classes):
@@ -5666,7 +5666,7 @@ def percentile(classes: Mapping[float, float], percent: int) -> Optional[float]:
     return None
 
 
-def figures_of(name: Optional[str], row: Mapping[str, Any]) -> Dict[str, Any]:
+def figures_of(name: Optional[str], row: Counts) -> Counts:
     """Return the figures of a row, null where nothing is known; what is counted by name, the most frequent first."""
     figures = {"name": name, "requests": row["requests"], "requests_with_usage": row.get("requests_with_usage", 0)}
     figures["hit_rate"] = round(row["hit"] / row["known"], 4) if row.get("known") else None
@@ -5692,8 +5692,8 @@ class Report:
     def __init__(self) -> None:
         self._first = self._last = ""
         self._answered_here = 0
-        self._places: Dict[Any, Any] = {}  # rows by all of GROUPS: one to count in, not four
-        self._sessions: Dict[Any, Any] = {}
+        self._places: Counts = {}  # rows by all of GROUPS: one to count in, not four
+        self._sessions: Counts = {}
 
     def add(self, record: Any) -> bool:
         """Return False if *record* is no access log record: the log has events as well, and files have anything."""
@@ -5709,7 +5709,7 @@ class Report:
         if numbers["status"] >= 400:
             error = error or str(numbers["status"])
         self._first, self._last = min(self._first or names["ts"], names["ts"]), max(self._last, names["ts"])
-        row: Dict[str, Any] = {"requests": 1, **{name: numbers[name] for name in USAGE_NAMES if name in numbers}}
+        row: Counts = {"requests": 1, **{name: numbers[name] for name in USAGE_NAMES if name in numbers}}
         if "input_tokens" in numbers and "cached_tokens" in numbers:
             used, cached = numbers["input_tokens"], numbers["cached_tokens"]
             missed = 0 if reason in INEVITABLE else max(used - cached, 0)
@@ -5723,16 +5723,20 @@ class Report:
         if "session" in names:
             row["used"] = {" ".join(filter(None, place)): 1}
             add_up(self._sessions, {names["session"]: row})
+        if len(self._sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
+            least = sorted(self._sessions, key=lambda name: self._sessions[name].get("missed_tokens", 0))
+            for name in least[: MAX_NAMES // 2]:
+                add_up(self._sessions, {OTHER: self._sessions.pop(name)})
         return True
 
     def as_json(self) -> Dict[str, Any]:
         """Return all that render shows, and the rows that it leaves out."""
-        tables: Dict[str, Any] = {"total": {"all": {"requests": 0}}, "session": self._sessions}
+        tables: Counts = {"total": {"all": {"requests": 0}}, "session": self._sessions}
         tables.update((kind, {}) for kind in GROUPS)
         for place, row in self._places.items():
             names = [OTHER] * len(GROUPS) if place == OTHER else place
             add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
-        found: Dict[str, Any] = {"from": self._first or None, "to": self._last or None}
+        found: Counts = {"from": self._first or None, "to": self._last or None}
         for kind, table in tables.items():  # the most missed tokens first, then the most requests
             rows = map(figures_of, table, table.values())
             found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
@@ -5750,7 +5754,9 @@ class Report:
         space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
-        counted = f"{total['requests']:,} requests in {found['sessions']:,} sessions, "
+        counted = (
+            f"{total['requests']:,} requests in {'over ' * (OTHER in self._sessions)}{found['sessions']:,} sessions, "
+        )
         counted += f"{self._first[:19]} to {self._last[:19]} UTC"
         if self._answered_here:
             counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"
@@ -5767,7 +5773,7 @@ class Report:
                 cells = [f"{row['requests']:,}", "-" if hit is None else f"{hit:.1%}"]
                 cells += [short(row[name]) for name in ("input_tokens", "cached_tokens", "missed_tokens")]
                 cells += [short(time, ("ms", "s")) for time in row["ttfb_ms"].values()]
-                cells += [f"{sum(row['errors'].values()):,}", "\u2588" * round(8 * (hit or 0) * bars)]
+                cells += [short(sum(row["errors"].values())), "\u2588" * round(8 * (hit or 0) * bars)]
                 lines.append(LINE % (space, one_line(row["name"] or "(none)")[-space:], *cells))
                 for kind in filter(row.get, COUNTED):
                     lines.append(f"  {kind}: " + ", ".join(f"{name} {count:,}" for name, count in row[kind].items()))

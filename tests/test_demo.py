@@ -1,4 +1,4 @@
-"""Room 12: the demo upstream shows the main job without any network."""
+"""Room 13: the demo upstream shows the main job without any network."""
 
 import json
 import os

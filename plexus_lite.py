@@ -5226,6 +5226,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not body:  # .../cancel: no response runs on without its request, so there is none to be cancelled
+            return self.do_GET()
         if self.headers.get("Content-Encoding"):
             return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
         request, path = json.loads(body), self.path.partition("?")[0]

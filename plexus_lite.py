@@ -5363,14 +5363,14 @@ ol { padding: .5rem 0 0; list-style: none; font-size: .8125rem; }
 <noscript>This page needs JavaScript. GET /metrics has the same figures.</noscript>
 <script>
 "use strict";
-const REASONS = new Map(Object.entries({
+const REASONS = {__proto__: null,
   first_request: "the first request of its session: nothing of it could be cached",
   no_session_value: "no session header and no prompt_cache_key: nothing says which machine holds the prefix",
   below_minimum: "under 1,024 tokens: too short to be cached",
   moved: "it went to another target than the turn before it",
   idle: "over 5 minutes after the turn before it: the cache may have been dropped",
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
-}));
+};
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
 let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
 
@@ -5392,7 +5392,7 @@ function clock(at, length = 8) {
 }
 
 function explain(reason, place) {
-  if (reason !== "prefix_changed") return REASONS.get(reason) || "";
+  if (reason !== "prefix_changed") return REASONS[reason] || "";
   const what = place == null ? "something" : typeof place === "number" ? "input item " + place : "the " + place;
   return what + " changed: everything from there on must be read again";
 }
@@ -5596,10 +5596,10 @@ form.addEventListener("submit", event => {
 pause.addEventListener("click", () => {
   paused = !paused;
   pause.textContent = paused ? "Resume" : "Pause";
-  paused ? stop("paused") : start();
+  watch();
 });
 function watch() { // a hidden tab costs nothing
-  if (!paused && form.hidden) document.hidden ? stop("paused") : start();
+  if (form.hidden) paused || document.hidden ? stop("paused") : start();
 }
 document.addEventListener("visibilitychange", watch);
 watch();

@@ -72,7 +72,6 @@ import errno
 import functools
 import gc
 import getopt
-import gzip
 import hashlib
 import hmac
 import http
@@ -95,14 +94,12 @@ import ssl
 import stat
 import struct
 import sys
-import textwrap
 import threading
 import time
 import urllib.parse
 import urllib.request
 import zlib
 from typing import (
-    IO,
     Any,
     Callable,
     ClassVar,
@@ -5264,7 +5261,7 @@ class DemoBackend:
     SHARDS: Final = 16
 
     def __init__(self) -> None:
-        self._shards = [Remembered(1000) for _ in range(self.SHARDS)]
+        self._prefixes = Remembered(1000 * self.SHARDS)  # digests, of the shard too
         self.responses = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
@@ -5280,18 +5277,17 @@ class DemoBackend:
     def read_prompt(self, session: Optional[str], request: Mapping[str, Any]) -> Tuple[int, int, int]:
         """Return the shard that *session* leads to, the input tokens, and how many the shard has cached of them; it
         caches the rest."""
-        number = random.randrange(self.SHARDS) if session is None else int(text_digest(session), 16) % self.SHARDS
-        shard, items = self._shards[number], request.get("input")
-        prefix = json.dumps([request.get("model"), request.get("instructions"), request.get("tools")])
-        digest, total, cached = "", 0, 0
+        shard = int(text_digest(session or str(random.random())), 16) % self.SHARDS
+        digest, total, cached, items = str(shard), 0, 0, request.get("input")
+        begin = [request.get(name) for name in PREFIX_MEMBERS]
         for item in items if isinstance(items, list) and items else [items]:
-            text, prefix = prefix + json.dumps(item), ""
-            total += max(1, len(text) // 4)
+            text, begin = json.dumps([*begin, item]), []
+            total += len(text) // 4
             digest = text_digest(digest + text)
-            if shard.get(digest, 0.0):
+            if self._prefixes.get(digest, 0.0):
                 cached = total
-            shard.put(digest, "seen", 0.0)
-        return number, total, cached
+            self._prefixes.put(digest, "seen", 0.0)
+        return shard, total, cached
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -5302,87 +5298,79 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        response_id = self.path.rpartition("/")[2]
+        stored = self.server.responses.get(response_id, 0.0)
         if self.path == "/models":  # "*": any; the echo is for `check`
             echo = {name.lower(): value for name, value in self.headers.items() if name.lower() not in CREDENTIALS}
-            return self._send_json({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
-        stored = self.server.responses.get(self.path.rpartition("/")[2], 0.0)
-        if stored is None:
-            problem = {"message": "no such response", "type": "invalid_request_error"}
-            return self._send_json({"error": problem}, 404)
-        return self._send_json(json.loads(stored))
+            self._send({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
+        elif stored is None:
+            self._send({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
+        elif self.command == "DELETE":
+            self.server.responses.forget(response_id)
+            self._send({"id": response_id, "object": "response", "deleted": True})
+        else:
+            self._send(json.loads(stored))
 
-    def do_DELETE(self) -> None:
-        response_id = self.path.rpartition("/")[2]
-        self.server.responses.forget(response_id)
-        self._send_json({"id": response_id, "object": "response", "deleted": True})
+    do_DELETE = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not body:  # .../cancel: no response runs on without its request, so there is none to be cancelled
+            return self.do_GET()
         if self.headers.get("Content-Encoding"):
-            problem = {"message": "the demo reads plain JSON", "type": "invalid_request_error"}
-            return self._send_json({"error": problem}, 415)
+            return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
         request, path = json.loads(body), self.path.partition("?")[0]
         session = self.headers.get("session_id") or self.headers.get("session-id")
         shard, total, cached = self.server.read_prompt(session, request)
         if path.endswith("/input_tokens"):
-            return self._send_json({"object": "response.input_tokens", "input_tokens": total})
+            return self._send({"object": "response.input_tokens", "input_tokens": total})
         names = ("session_id", "session-id", "x-client-request-id")
         seen = ", ".join(f"{name}: {self.headers.get(name) or '(none)'}" for name in names)
         text = f"Hello from shard {shard}. I saw {seen}. {cached} of {total} input tokens were cached."
-        response = self._response(request.get("model"), text, total, cached)
-        if path.endswith("/compact"):
-            return self._send_json({**response, "object": "response.compaction"})
-        self.server.responses.put(response["id"], json.dumps(response), 0.0)
-        if request.get("stream"):
-            return self._stream(response, text)
-        return self._send_json(response)
-
-    def _response(self, model: Any, text: str, total: int, cached: int) -> Dict[str, Any]:
-        words = len(text.split())
-        item = {"id": "msg_" + secrets.token_hex(16), "type": "message", "role": "assistant"}
-        content = [{"type": "output_text", "text": text, "annotations": []}]
+        words, token = len(text.split()), secrets.token_hex(16)
+        part = {"type": "output_text", "text": text, "annotations": []}
+        item = {"id": "msg_" + token, "type": "message", "role": "assistant", "content": [part], "status": "completed"}
         usage = {"input_tokens": total, "input_tokens_details": {"cached_tokens": cached}, "output_tokens": words}
         usage.update(output_tokens_details={"reasoning_tokens": 0}, total_tokens=total + words)
-        response = {"id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time())}
-        output = [{**item, "content": content, "status": "completed"}]
-        return {**response, "status": "completed", "model": model, "output": output, "usage": usage}
+        response = {"id": "resp_" + token, "object": "response", "created_at": int(time.time()), "status": "completed"}
+        response.update(model=request.get("model"), output=[item], usage=usage)
+        if path.endswith("/compact"):
+            return self._send({**response, "object": "response.compaction"})
+        self.server.responses.put("resp_" + token, json.dumps(response), 0.0)
+        return self._send(self._events_of(response, item, part) if request.get("stream") else response)
 
-    def _stream(self, response: Dict[str, Any], text: str) -> None:
-        """Send the event sequence of the real API, a word at a time."""
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        begun = {**response, "status": "in_progress", "output": [], "usage": None}
-        item = response["output"][0]
-        part = item["content"][0]
-        where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    def _events_of(self, response: Dict[str, Any], item: Dict[str, Any], part: Dict[str, Any]) -> Iterator[bytes]:
+        """Yield the event sequence of the real API, a word at a time."""
+        begun = {"response": {**response, "status": "in_progress", "output": [], "usage": None}}
+        at = {"output_index": 0}
+        where = {**at, "item_id": item["id"], "content_index": 0}
         events: List[Tuple[str, Dict[str, Any]]] = [
-            ("created", {"response": begun}),
-            ("in_progress", {"response": begun}),
-            ("output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+            ("created", begun),
+            ("in_progress", begun),
+            ("output_item.added", {**at, "item": {**item, "status": "in_progress", "content": []}}),
             ("content_part.added", {**where, "part": {**part, "text": ""}}),
-            *(("output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", text)),
-            ("output_text.done", {**where, "text": text}),
+            *(("output_text.delta", {**where, "delta": word}) for word in re.findall(r"\S+\s*", part["text"])),
+            ("output_text.done", {**where, "text": part["text"]}),
             ("content_part.done", {**where, "part": part}),
-            ("output_item.done", {"output_index": 0, "item": item}),
+            ("output_item.done", {**at, "item": item}),
             ("completed", {"response": response}),
         ]
         for number, (name, data) in enumerate(events):
             payload = json.dumps({"type": f"response.{name}", "sequence_number": number, **data})
-            event = f"event: response.{name}\ndata: {payload}\n\n".encode()
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
-            if name == "output_text.delta":
+            yield f"event: response.{name}\ndata: {payload}\n\n".encode()
+            if "delta" in data:
                 time.sleep(0.01)  # so that a person sees it stream
-        self.wfile.write(b"0\r\n\r\n")
 
-    def _send_json(self, value: Any, status: int = 200) -> None:
-        body = render_json(value)
+    def _send(self, answer: Any, status: int = 200) -> None:
+        """Send *answer*, a JSON object or an iterator of events."""
+        is_object = isinstance(answer, dict)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json" if is_object else "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(body)
+        for part in [render_json(answer)] if is_object else answer:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
 
 
 # ---------------------------------------------------------------------------
@@ -5464,14 +5452,14 @@ ol { padding: .5rem 0 0; list-style: none; font-size: .8125rem; }
 <noscript>This page needs JavaScript. GET /metrics has the same figures.</noscript>
 <script>
 "use strict";
-const REASONS = new Map(Object.entries({
+const REASONS = {__proto__: null,
   first_request: "the first request of its session: nothing of it could be cached",
   no_session_value: "no session header and no prompt_cache_key: nothing says which machine holds the prefix",
   below_minimum: "under 1,024 tokens: too short to be cached",
   moved: "it went to another target than the turn before it",
   idle: "over 5 minutes after the turn before it: the cache may have been dropped",
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
-}));
+};
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
 let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
 
@@ -5493,7 +5481,7 @@ function clock(at, length = 8) {
 }
 
 function explain(reason, place) {
-  if (reason !== "prefix_changed") return REASONS.get(reason) || "";
+  if (reason !== "prefix_changed") return REASONS[reason] || "";
   const what = place == null ? "something" : typeof place === "number" ? "input item " + place : "the " + place;
   return what + " changed: everything from there on must be read again";
 }
@@ -5697,10 +5685,10 @@ form.addEventListener("submit", event => {
 pause.addEventListener("click", () => {
   paused = !paused;
   pause.textContent = paused ? "Resume" : "Pause";
-  paused ? stop("paused") : start();
+  watch();
 });
 function watch() { // a hidden tab costs nothing
-  if (!paused && form.hidden) document.hidden ? stop("paused") : start();
+  if (form.hidden) paused || document.hidden ? stop("paused") : start();
 }
 document.addEventListener("visibilitychange", watch);
 watch();
@@ -5735,209 +5723,155 @@ def page_headers(page: str) -> List[Field]:
 # ---------------------------------------------------------------------------
 
 GROUPS: Final = ("model", "provider", "target", "key")
+COUNTED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in each row
 SHOWN_ROWS: Final = 20  # of a table
-SHOWN_COUNTS: Final = 8  # of a row by name; there is no more than that of reasons
 WORST_SESSIONS: Final = 10
-MAX_PLACES: Final = 10_000  # clients can make models up: further ones are counted together
-MAX_COUNTS: Final = 1000  # of a row with this many (822 can be classes of TTFB), new codes are counted together
+MAX_NAMES: Final = 10_000  # at one place: clients can make names up, and further ones are counted together
 LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
-INEVITABLE: Final = frozenset({"first_request", "below_minimum"})  # no cache could have helped
-UNITS: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
-UNITS_MS: Final = (("s", 1e3), ("ms", 1))
-MISSED: Final = ("tokens", "missed_tokens")
-Counts = Dict[Tuple[str, Any], float]  # (kind, name): count
+INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
+LINE: Final = "%-*s%10s%7s%7s%7s%7s%10s%7s%7s%7s  %s"  # of a table; the last is a bar
+TITLES: Final = ("requests", "hit", "input", "cached", "missed", "TTFB p50", "p90", "p99", "errors", "")
+Counts = Dict[Any, Any]  # under each name a number, or again Counts
 
 
-def tally_of(names: Mapping[str, str], numbers: Mapping[str, float]) -> Counts:
-    """Return what a record with these members adds to its rows."""
-    found: Counts = {("requests", ""): 1}
-    found.update({("tokens", name): numbers[name] for name in USAGE_NAMES if name in numbers})
-    reason, error, status = names.get("miss_reason"), names.get("error"), numbers.get("status", 0)
-    if "input_tokens" in numbers and "cached_tokens" in numbers:
-        used, cached = numbers["input_tokens"], numbers["cached_tokens"]
-        found.update({("known", "requests"): 1, ("known", "input"): used, ("known", "cached"): cached})
-        found[MISSED] = max(used - cached, 0) if reason and reason not in INEVITABLE else 0
-    if reason:
-        found["misses", reason] = 1
-    if reason == "prefix_changed":
-        found["prefix_changed_at", names.get("prefix_changed_at", "input")] = 1
-    if error or status >= 400:
-        found["errors", error or str(status)] = 1
-    elif "ttfb_ms" in numbers:
-        found["ttfb", math.floor(math.log(max(numbers["ttfb_ms"], 0.01)) / CLASS_WIDTH)] = 1
-    return found
+def add_up(sums: Counts, counts: Counts) -> None:
+    """Add *counts* to *sums*."""
+    for name, count in counts.items():
+        if name not in sums and len(sums) >= MAX_NAMES:
+            name = OTHER
+        if isinstance(count, dict):
+            add_up(sums.setdefault(name, {}), count)
+        else:
+            sums[name] = sums.get(name, 0) + count
 
 
-def add_counts(row: Counts, counts: Counts) -> None:
-    for key, count in counts.items():
-        if key not in row and len(row) >= MAX_COUNTS and key[0] in ("errors", "used"):
-            key = key[0], OTHER
-        row[key] = row.get(key, 0) + count
-
-
-def ranked(rows: Mapping[Optional[str], Counts]) -> List[Tuple[Optional[str], Counts]]:
-    """Return *rows* with the most missed tokens first, then the most requests."""
-    return sorted(rows.items(), key=lambda item: (-item[1].get(MISSED, 0), -item[1]["requests", ""]))
-
-
-def percentile(classes: Mapping[int, float], percent: int) -> Optional[float]:
-    """Return the nearest-rank percentile in milliseconds, None of nothing."""
+def percentile(classes: Counts, percent: int) -> Optional[float]:
+    """Return the nearest-rank percentile of the TTFB in milliseconds, None of nothing."""
     rank = sum(classes.values()) * percent / 100
     for place in sorted(classes):
         rank -= classes[place]
         if rank <= 0:
-            return float(f"{math.exp((place + 0.5) * CLASS_WIDTH):.4g}")
+            return round(math.exp((place + 0.5) * CLASS_WIDTH), 3)
     return None
 
 
-def figures_of(name: Optional[str], row: Counts) -> Dict[str, Any]:
+def figures_of(name: Optional[str], row: Counts) -> Counts:
     """Return the figures of a row, null where nothing is known; what is counted by name, the most frequent first."""
-    parts: Dict[str, Dict[Any, float]] = collections.defaultdict(dict)
-    for (kind, inner), count in sorted(row.items(), key=lambda item: -item[1]):
-        parts[kind][inner] = count
-    known = parts["known"]
-    figures: Dict[str, Any] = {"name": name, "requests": parts["requests"].get("", 0)}
-    figures["requests_with_usage"] = known.get("requests", 0)
-    figures["hit_rate"] = round(known["cached"] / known["input"], 4) if known.get("input") else None
-    figures.update({name: parts["tokens"].get(name) for name in (*USAGE_NAMES, "missed_tokens")})
-    figures["ttfb_ms"] = {f"p{percent}": percentile(parts["ttfb"], percent) for percent in (50, 90, 99)}
-    return {**figures, **{kind: parts[kind] for kind in ("misses", "prefix_changed_at", "errors", "used")}}
+    figures = {"name": name, "requests": row["requests"], "requests_with_usage": row.get("requests_with_usage", 0)}
+    figures["hit_rate"] = round(row["hit"] / row["known"], 4) if row.get("known") else None
+    figures.update((figure, row.get(figure)) for figure in (*USAGE_NAMES, "missed_tokens"))
+    figures["ttfb_ms"] = {f"p{percent}": percentile(row.get("ttfb", {}), percent) for percent in (50, 90, 99)}
+    for kind in COUNTED:
+        figures[kind] = dict(sorted(row.get(kind, {}).items(), key=lambda item: -item[1]))
+    return figures
 
 
-def short(value: Optional[float], units: Sequence[Tuple[str, float]] = UNITS) -> str:
-    """Return *value* in the largest of *units* that it fills; "-" if it is not known."""
+def short(value: Optional[float], units: Sequence[str] = ("", "k", "M", "G")) -> str:
+    """Return *value* in the largest of *units* that it fills, each 1000 of the one before; "-" if it is not known."""
     if value is None:
         return "-"
-    unit, size = next((row for row in units if value >= row[1]), units[-1])
-    value /= size
-    return f"{value:.{0 if value >= 99.5 or value == int(value) else 1}f}{unit}"
-
-
-def render_bar(share: float) -> str:
-    """Return a bar of eight characters at most, in steps of an eighth of one."""
-    full, eighths = divmod(round(min(share, 1) * 64), 8)
-    return " " + "\u2588" * full + (chr(0x2590 - eighths) if eighths else "")
-
-
-# Heading, width, rank (where the terminal is narrow the highest goes first), text.
-COLUMNS: Final[Sequence[Tuple[str, int, int, Callable[[Mapping[str, Any]], str]]]] = (
-    ("requests", 10, 1, lambda row: f"{row['requests']:,}"),
-    ("hit", 7, 0, lambda row: "-" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"),
-    ("", 9, 9, lambda row: render_bar(row["hit_rate"] or 0).ljust(9)),
-    ("input", 7, 5, lambda row: short(row["input_tokens"])),
-    ("cached", 7, 7, lambda row: short(row["cached_tokens"])),
-    ("missed", 7, 2, lambda row: short(row["missed_tokens"])),
-    ("TTFB p50", 10, 6, lambda row: short(row["ttfb_ms"]["p50"], UNITS_MS)),
-    ("p90", 7, 8, lambda row: short(row["ttfb_ms"]["p90"], UNITS_MS)),
-    ("p99", 7, 4, lambda row: short(row["ttfb_ms"]["p99"], UNITS_MS)),
-    ("errors", 7, 3, lambda row: f"{sum(row['errors'].values()):,}"),
-)
-
-
-def render_table(heading: str, rows: Sequence[Mapping[str, Any]], width: int, bars: bool) -> Iterator[str]:
-    columns = [column for column in COLUMNS if bars or column[0]]
-    while sum(column[1] for column in columns) > width - 16:  # what a name needs
-        columns.remove(max(columns, key=lambda column: column[2]))
-    space = width - sum(column[1] for column in columns)
-    yield ""
-    yield heading.ljust(space) + "".join(title.rjust(size) for title, size, _, _ in columns)
-    for row in rows[:SHOWN_ROWS]:
-        name = one_line(row["name"] or "(none)")
-        if len(name) > space:  # the ends tell names apart
-            name = name[: space // 2 - 1] + ".." + name[space // 2 + 1 - space :]
-        yield name.ljust(space) + "".join(text(row).rjust(size) for _, size, _, text in columns)
-        for kind in ("misses", "prefix_changed_at", "errors", "used"):
-            if row[kind]:
-                counts = [one_line(f"{name} {count:,}") for name, count in row[kind].items()]
-                counts[SHOWN_COUNTS:] = ["..."] * (len(counts) > SHOWN_COUNTS)
-                yield from textwrap.wrap(f"  {kind}: {', '.join(counts)}", width, subsequent_indent="    ")
-    if len(rows) > SHOWN_ROWS:
-        yield f"and {len(rows) - SHOWN_ROWS:,} more"
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.{int(value < 99.5 and value % 1 > 0)}f}{units[0]}"
 
 
 class Report:
     """Counts of access log records, in bounded memory however many there are.  No I/O."""
 
     def __init__(self) -> None:
-        self.first = self.last = ""
-        self.answered_here = self.sessions_dropped = 0
-        self._places: Dict[Tuple[Optional[str], ...], Counts] = {}  # by all of GROUPS: one row to count in, not four
-        self._sessions: collections.OrderedDict[Optional[str], Counts]  # the least recently seen first
-        self._sessions = collections.OrderedDict()
+        self._first = self._last = ""
+        self._answered_here = 0
+        self._places: Counts = {}  # rows by all of GROUPS: one to count in, not four
+        self._sessions: Counts = {}
 
     def add(self, record: Any) -> bool:
         """Return False if *record* is no access log record: the log has events as well, and files have anything."""
-        members = record if isinstance(record, dict) else {}
-        names = {name: value[:100] for name, value in members.items() if isinstance(value, str) and value}
-        numbers = {
-            name: value for name, value in members.items() if isinstance(value, (int, float)) and 0 <= value < 1e12
-        }
-        if "level" in members or "ts" not in names or "status" not in numbers:
+        items = record.items() if isinstance(record, dict) and "level" not in record else ()
+        names = {name: value[:100] for name, value in items if isinstance(value, str) and value}
+        numbers = {name: value for name, value in items if isinstance(value, (int, float)) and 0 <= value < 1e12}
+        if "ts" not in names or "status" not in numbers:
             return False
-        if numbers.get("attempts") == 0 and "error" not in names:  # a probe of /health each second would hide the rest
-            self.answered_here += 1
+        reason, error = names.get("miss_reason"), names.get("error")
+        if numbers.get("attempts") == 0 and not error:  # a probe of /health each second would hide the rest
+            self._answered_here += 1
             return True
-        self.first, self.last = min(self.first or names["ts"], names["ts"]), max(self.last, names["ts"])
-        counts = tally_of(names, numbers)
-        place = tuple(names.get(kind) for kind in GROUPS)
-        if place not in self._places and len(self._places) >= MAX_PLACES:
-            place = (OTHER,) * len(GROUPS)
-        add_counts(self._places.setdefault(place, {}), counts)
+        if numbers["status"] >= 400:
+            error = error or str(numbers["status"])
+        self._first, self._last = min(self._first or names["ts"], names["ts"]), max(self._last, names["ts"])
+        row: Counts = {"requests": 1, **{name: numbers[name] for name in USAGE_NAMES if name in numbers}}
+        if "input_tokens" in numbers and "cached_tokens" in numbers:
+            used, cached = numbers["input_tokens"], numbers["cached_tokens"]
+            missed = 0 if reason in INEVITABLE else max(used - cached, 0)
+            row.update(requests_with_usage=1, known=used, hit=cached, missed_tokens=missed)
+        changed = reason == "prefix_changed" and names.get("prefix_changed_at", "input")
+        row.update((kind, {name: 1}) for kind, name in zip(COUNTED, (reason, changed, error)) if name)
+        if "ttfb_ms" in numbers and not error:
+            row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
+        place = tuple(map(names.get, GROUPS))
+        add_up(self._places, {place: row})
         if "session" in names:
-            session = names["session"]
-            counts["used", " ".join(filter(None, place))] = 1
-            add_counts(self._sessions.setdefault(session, {}), counts)
-            self._sessions.move_to_end(session)
-            if len(self._sessions) > MAX_REMEMBERED:
-                self._sessions.popitem(last=False)
-                self.sessions_dropped += 1
+            row["used"] = {" ".join(filter(None, place)): 1}
+            add_up(self._sessions, {names["session"]: row})
+        if len(self._sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
+            least = sorted(self._sessions, key=lambda name: self._sessions[name].get("missed_tokens", 0))
+            for name in least[: MAX_NAMES // 2]:
+                add_up(self._sessions, {OTHER: self._sessions.pop(name)})
         return True
 
     def as_json(self) -> Dict[str, Any]:
         """Return all that render shows, and the rows that it leaves out."""
-        total: Counts = {}
-        tables: Dict[str, Dict[Optional[str], Counts]] = {kind: {} for kind in GROUPS}
-        for place, counts in self._places.items():
-            add_counts(total, counts)
-            for kind, name in zip(GROUPS, place):
-                add_counts(tables[kind].setdefault(name, {}), counts)
-        found: Dict[str, Any] = {"from": self.first or None, "to": self.last or None, "sessions": len(self._sessions)}
-        found.update(sessions_dropped=self.sessions_dropped, answered_here=self.answered_here)
-        found["total"] = figures_of("all", total)
-        found.update({kind: [figures_of(*item) for item in ranked(rows)] for kind, rows in tables.items()})
-        worst = [item for item in ranked(self._sessions)[:WORST_SESSIONS] if item[1].get(MISSED)]
-        return {**found, "worst_sessions": [figures_of(*item) for item in worst]}
+        tables: Counts = {"total": {"all": {"requests": 0}}, "session": self._sessions}
+        tables.update((kind, {}) for kind in GROUPS)
+        for place, row in self._places.items():
+            names = [OTHER] * len(GROUPS) if place == OTHER else place
+            add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
+        found: Counts = {"from": self._first or None, "to": self._last or None}
+        for kind, table in tables.items():  # the most missed tokens first, then the most requests
+            rows = map(figures_of, table, table.values())
+            found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
+        sessions = found.pop("session")
+        worst = [row for row in sessions[:WORST_SESSIONS] if row["missed_tokens"]]
+        found.update(total=found["total"][0], answered_here=self._answered_here, sessions=len(sessions))
+        return {**found, "worst_sessions": worst}
 
     def render(self, width: int, bars: bool) -> str:
         """Return the tables for a terminal of *width* columns; with *bars* it can show block characters."""
+        import textwrap
+
         found, width = self.as_json(), min(max(width, 40), 120)
-        total = found["total"]
+        total, bars = found["total"], bars and width >= 90
+        space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
-        counted = f"{total['requests']:,} requests in {found['sessions']:,} sessions, "
-        counted += one_line(f"{self.first[:19]} to {self.last[:19]} UTC")
-        if self.answered_here:
-            counted += f"; {self.answered_here:,} more (/health, say) needed no upstream"
-        if self.sessions_dropped:
-            counted += f"; {self.sessions_dropped:,} sessions, the least recently seen, were dropped from their table"
+        counted = (
+            f"{total['requests']:,} requests in {'over ' * (OTHER in self._sessions)}{found['sessions']:,} sessions, "
+        )
+        counted += f"{self._first[:19]} to {self._last[:19]} UTC"
+        if self._answered_here:
+            counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"
         legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
         legend += "missed: tokens sent uncached though a hit was possible; TTFB: of answers without error, within 2 %"
-        lines = [*textwrap.wrap(counted, width), *textwrap.wrap(legend, width)]
-        lines += render_table("total", [total], width, bars)
-        for kind in (*GROUPS, "worst_sessions"):
-            if any(row["name"] for row in found[kind]):  # without keys, say, a table would repeat the total
-                lines += render_table(kind.replace("_", " "), found[kind], width, bars)
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield each line of *file*; of one that is too long the beginning."""
-    for line in iter(lambda: file.readline(LOG_LINE_BYTES), b""):
-        yield line
-        while line and not line.endswith(b"\n"):
-            line = file.readline(LOG_LINE_BYTES)
+        lines = [counted, legend]
+        for table in ("total", *GROUPS, "worst_sessions"):
+            rows = [total] if table == "total" else found[table]
+            if not any(row["name"] for row in rows):  # without keys, say, a table would repeat the total
+                continue
+            lines += ["", LINE % (space, table.replace("_", " "), *TITLES)]
+            for row in rows[:SHOWN_ROWS]:
+                hit = row["hit_rate"]
+                cells = [f"{row['requests']:,}", "-" if hit is None else f"{hit:.1%}"]
+                cells += [short(row[name]) for name in ("input_tokens", "cached_tokens", "missed_tokens")]
+                cells += [short(time, ("ms", "s")) for time in row["ttfb_ms"].values()]
+                cells += [short(sum(row["errors"].values())), "\u2588" * round(8 * (hit or 0) * bars)]
+                lines.append(LINE % (space, one_line(row["name"] or "(none)")[-space:], *cells))
+                for kind in filter(row.get, COUNTED):
+                    lines.append(f"  {kind}: " + ", ".join(f"{name} {count:,}" for name, count in row[kind].items()))
+            if len(rows) > SHOWN_ROWS:
+                lines.append(f"and {len(rows) - SHOWN_ROWS:,} more")
+        wrap = textwrap.TextWrapper(width, subsequent_indent="    ", max_lines=4).wrap
+        return "\n".join(part for line in lines for part in wrap(one_line(line)) or [""])
 
 
 def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
@@ -5945,28 +5879,30 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
     ConfigError names a file that cannot be read.  With *is_shown* stderr says how much of a large file is read.
     """
-    strays, first_stray = 0, ""
+    import gzip
+
+    strays, first = 0, ""
     for path in paths:
+        is_begun = False
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as raw:
-                is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
-                file: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-                size = os.fstat(raw.fileno()).st_size  # 0 is a pipe
-                for number, line in enumerate(lines_of(file), 1):
-                    is_record = False
-                    with contextlib.suppress(ValueError, RecursionError):
-                        is_record = report.add(json.loads(line))
+                file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+                size = is_shown and os.fstat(raw.fileno()).st_size  # 0 is a pipe
+                for number, line in enumerate(iter(functools.partial(file.readline, LOG_LINE_BYTES), b""), 1):
+                    try:
+                        is_record = is_begun or report.add(json.loads(line))
+                    except (ValueError, RecursionError):
+                        is_record = False
                     if not is_record:
-                        strays, first_stray = strays + 1, first_stray or f"{path}:{number}"
-                    if is_shown and size and number % PROGRESS_LINES == 0:
-                        sys.stderr.write(f"\r{path}: {raw.tell() / size:.0%} of {size / MIB:,.0f} MiB ")
-                        sys.stderr.flush()
-                if is_shown and size:
-                    sys.stderr.write("\r" + " " * (len(path) + 20) + "\r")
+                        strays, first = strays + 1, first or f"{path}:{number}"
+                    is_begun = line[-1:] != b"\n"
+                    if size and number % PROGRESS_LINES == 0:
+                        print(end=f"\r{path}: {raw.tell() / size:.0%} ", file=sys.stderr, flush=True)
+                if size:
+                    print(end="\r" + " " * (len(path) + 9) + "\r", file=sys.stderr)
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    lines = "1 line is no record" if strays == 1 else f"{strays:,} lines are no records"
-    return f"{lines} (first: {first_stray})" if strays else ""
+    return f"lines that are no records: {strays:,} (first: {first})" if strays else ""
 
 
 # ---------------------------------------------------------------------------

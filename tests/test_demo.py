@@ -1,4 +1,4 @@
-"""Room 12: the demo upstream shows the main job without any network."""
+"""Room 13: the demo upstream shows the main job without any network."""
 
 import json
 import os
@@ -150,6 +150,7 @@ class DemoTest(unittest.TestCase):
         made = self.ask(stream=False).json()
         path = "/v1/responses/" + made["id"]
         self.assertEqual(get(self.proxy.port, path, key=None).json()["id"], made["id"])
+        self.assertEqual(exchange(self.proxy.port, build_request("POST", path + "/cancel", key=None)).status, 404)
         self.assertEqual(exchange(self.proxy.port, build_request("DELETE", path, key=None)).status, 200)
         self.assertEqual(get(self.proxy.port, path, key=None).status, 404)
 

@@ -611,7 +611,7 @@ class MetricsTest(unittest.TestCase):
         tally = tally_of(*(record_of(model=f"m{number}") for number in range(1000)))
         series = self.render(tally)
         models = {dict(labels)["model"] for _, labels in series if labels and dict(labels).get("model")}
-        self.assertLessEqual(len(models), plexus_lite.MAX_MODELS + 1)
+        self.assertLessEqual(len(models), plexus_lite.MAX_ROWS + 1)
         self.assertIn(plexus_lite.OTHER, models)
         self.assertEqual(total(series, "plexus_requests_total"), 1000)
         self.assertLessEqual(len(tally.sessions), plexus_lite.MAX_LISTED_SESSIONS)

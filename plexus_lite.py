@@ -1858,10 +1858,11 @@ class Fleet:
 #    render_status, render_line.  Copies of what passes in, values out; the relay never waits for it.
 # ---------------------------------------------------------------------------
 
-RECORD_MEMBERS: Final = tuple(
-    """ts id key label client method route model upstream_model provider target status error attempts stream ttfb_ms
-    duration_ms bytes_in bytes_out session session_source placement input_tokens cached_tokens cache_write_tokens
-    output_tokens miss_reason prefix_changed_at""".split()
+RECORD_MEMBERS: Final = (
+    ("ts", "id", "key", "label", "client", "method", "route", "model", "upstream_model", "provider", "target", "status")
+    + ("error", "attempts", "stream", "ttfb_ms", "duration_ms", "bytes_in", "bytes_out", "session", "session_source")
+    + ("placement", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "miss_reason")
+    + ("prefix_changed_at",)
 )
 Record = Dict[str, Any]
 EMPTY_RECORD: Final[Record] = {**dict.fromkeys(RECORD_MEMBERS), "attempts": 0, "bytes_in": 0, "bytes_out": 0}
@@ -1916,16 +1917,13 @@ class ResponseIds:
 
 
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
-# What the access log calls it; which member of an answer's usage has it, "" for the usage itself, and by which name.
-USAGE_PATHS: Final = (
-    ("input_tokens", "", "input_tokens"),
-    ("input_tokens", "", "prompt_tokens"),
-    ("cached_tokens", "input_tokens_details", "cached_tokens"),
-    ("cached_tokens", "prompt_tokens_details", "cached_tokens"),
-    ("cache_write_tokens", "input_tokens_details", "cache_write_tokens"),
-    ("cache_write_tokens", "prompt_tokens_details", "cache_write_tokens"),
-    ("output_tokens", "", "output_tokens"),
-    ("output_tokens", "", "completion_tokens"),
+CACHE_NAMES: Final = (("cached_tokens", "cached_tokens"), ("cache_write_tokens", "cache_write_tokens"))
+# The member of an answer's usage, "" for the usage itself: the counts in it, each with what the access log calls it.
+USAGE_PARTS: Final = (
+    ("", (("input_tokens", "input_tokens"), ("prompt_tokens", "input_tokens"))),
+    ("", (("output_tokens", "output_tokens"), ("completion_tokens", "output_tokens"))),
+    ("input_tokens_details", CACHE_NAMES),
+    ("prompt_tokens_details", CACHE_NAMES),
 )
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
@@ -1984,7 +1982,7 @@ class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
     feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
-    USAGE_PATHS, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    USAGE_PARTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
     response's last event has passed.
     """
 
@@ -2047,12 +2045,15 @@ class UsageReader:
     def _read(self, text: bytes, usage: int = 0) -> None:
         """Read an event or a whole answer that tells something; only its usage, which is at *usage*, if that is
         positive.  The last event may be long: its end is enough, if only the response is closed behind the usage."""
-        with contextlib.suppress(ValueError, RecursionError):
-            if usage > 0 and COUNTED_EVENT.match(text):
-                tail = "{" + text[usage:].decode()
+        if usage > 0 and COUNTED_EVENT.match(text):
+            tail = "{" + text[usage:].decode("utf-8", "replace")
+            try:
                 members, end = JSON_DECODER.raw_decode(tail)
-                if tail[end:].strip() == "}":
-                    return self._note("response.completed", members)
+            except (ValueError, RecursionError):
+                members, end = {}, 0
+            if tail[end:].strip() == "}":
+                self._note("response.completed", members)
+                return
         with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(text)
             if isinstance(event, dict):
@@ -2072,33 +2073,30 @@ class UsageReader:
         if isinstance(usage, dict):
             # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
             self.is_complete |= not kind and not members.get("choices")
-            for name, part, member in USAGE_PATHS:
+            for part, names in USAGE_PARTS:
                 counts = usage.get(part) if part else usage
-                value = counts.get(member) if isinstance(counts, dict) else None
-                if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
-                    self.tokens[name] = value
+                for member, name in names if isinstance(counts, dict) else ():
+                    value = counts.get(member)
+                    if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
+                        self.tokens[name] = value
         self.is_complete |= kind in TERMINAL_EVENTS
-        if isinstance(error, dict) or kind in ("error", "response.failed"):
-            told = error if isinstance(error, dict) else {}
-            self.error = str(told.get("code") or told.get("type") or kind)[:100]
+        if isinstance(error, dict):
+            self.error = str(error.get("code") or error.get("type") or kind)[:100]
+        elif kind in ("error", "response.failed"):
+            self.error = str(kind)
 
 
 PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before the input items
 DIGEST_BYTES: Final = 4
 
 
-def digest_of(*values: Any) -> bytes:
-    """Return a digest of each of *values*, the same for equal ones in this process and its forks; b"" if one is nested
-    more deeply than marshal goes.  Keyed, as hash() of bytes is."""
-    try:
-        # Version 2: later ones depend on reference counts.
-        numbers = [hash(marshal.dumps(value, 2)) & 0xFFFFFFFF for value in values]
-    except ValueError:
-        return b""
-    return struct.pack(f"<{len(numbers)}I", *numbers)
+def digest_of(value: Any) -> bytes:
+    """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of bytes is."""
+    # Version 2 of the format: later ones depend on reference counts.
+    return (hash(marshal.dumps(value, 2)) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
 
 
-def prefix_of(members: Mapping[str, Any]) -> bytes:
+def prefix_of(members: Record) -> bytes:
     """Return digests of what a prompt begins with, to see what changed: of PREFIX_MEMBERS and of each input item.
 
     With a previous_response_id the items before its input are not known, and none is compared.
@@ -2106,7 +2104,12 @@ def prefix_of(members: Mapping[str, Any]) -> bytes:
     items = members.get("input", members.get("messages"))
     if members.get("previous_response_id"):
         items = []
-    return digest_of(*map(members.get, PREFIX_MEMBERS), *(items if isinstance(items, list) else [items]))
+    values = [*map(members.get, PREFIX_MEMBERS), *(items if isinstance(items, list) else [items])]
+    try:
+        numbers = [hash(marshal.dumps(value, 2)) & 0xFFFFFFFF for value in values]
+    except ValueError:  # nested more deeply than marshal goes: none is compared
+        return b""
+    return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
 class Turn(NamedTuple):
@@ -2181,10 +2184,12 @@ class SessionTable:
             place = min(slots, key=lambda slot: head.unpack_from(memory, slot)[2])
         begin = (place - self.HEADS_AT) // head.size * self.PREFIX_BYTES
         if is_known:
-            _, checksum, *members, length = head.unpack_from(memory, place)
-            found = Turn(*members, bytes(memory[begin : begin + min(length, self.PREFIX_BYTES)]))
+            _, checksum, at, target, input_tokens, length = head.unpack_from(memory, place)
+            prefix = bytes(memory[begin : begin + min(length, self.PREFIX_BYTES)])
+            found = Turn(at, target, input_tokens, prefix)
             previous = found if hash(found) & 0xFFFFFFFF == checksum else None
-        turn = turn._replace(prefix=turn.prefix[: self.PREFIX_BYTES])
+        if len(turn.prefix) > self.PREFIX_BYTES:
+            turn = turn._replace(prefix=turn.prefix[: self.PREFIX_BYTES])
         memory[begin : begin + len(turn.prefix)] = turn.prefix
         head.pack_into(memory, place, key, hash(turn) & 0xFFFFFFFF, *turn[:3], len(turn.prefix))
         return previous
@@ -2210,26 +2215,36 @@ process_resident_memory_bytes      gauge      -                            Resid
 process_open_fds                   gauge      -                            Open file descriptors.
 process_start_time_seconds         gauge      -                            Start of the process, Unix time.
 """
-METRICS: Final = {row.split()[0]: row.split(None, 3)[1:] for row in METRIC_TABLE.strip().split("\n")}
+METRICS: Final = {
+    name: (kind, () if labels == "-" else tuple(labels.split(",")), text)
+    for name, kind, labels, text in (row.split(None, 3) for row in METRIC_TABLE.strip().split("\n"))
+}
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUNDS: Final = (*map(str, BUCKETS_S), "+Inf")
-HISTOGRAMS: Final = (("ttfb_ms", "plexus_ttfb_seconds"), ("duration_ms", "plexus_request_duration_seconds"))
-# What is summed: in which metric, and what stands there in a label that is none of the row's.
+HISTOGRAMS: Final = {"ttfb_ms": "plexus_ttfb_seconds", "duration_ms": "plexus_request_duration_seconds"}
+BUCKETS: Final = {name: [f"{name} {bound}" for bound in BOUNDS] for name in HISTOGRAMS}  # as their counts are called
+COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, *HISTOGRAMS)  # members of a record, each summed if known
+# What is summed: in which metric, and what stands there in the label that is none of the row's.
 SUMMED: Final = {
     "requests": ("plexus_requests_total", ""),
     "bytes_in": ("plexus_received_bytes_total", ""),
     "bytes_out": ("plexus_sent_bytes_total", ""),
     **{name: ("plexus_tokens_total", name[: -len("_tokens")]) for name in USAGE_NAMES},
+    **{name: (metric, "sum") for name, metric in HISTOGRAMS.items()},
+    **{f"{name} {bound}": (metric, bound) for name, metric in HISTOGRAMS.items() for bound in BOUNDS},
 }
 # What the page shows: by which name it is summed.  Of the input only that of answers that tell the cached part.
-SHOWN: Final = {name: name for name in ("requests", "errors", "cached_tokens", "output_tokens")}
-SHOWN["input_tokens"] = "comparable_tokens"
+SHOWN: Final = {
+    **{name: name for name in ("requests", "errors", "cached_tokens", "output_tokens")},
+    "input_tokens": "comparable_tokens",
+}
+MINUTE: Final = ("requests", "comparable_tokens", "cached_tokens")
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
-NOTED: Final = (  # of a miss or an error
-    "id key session route model provider target status error miss_reason prefix_changed_at input_tokens cached_tokens"
-).split()
+NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
+MISS_MEMBERS: Final = (*NOTED, "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
+ERROR_MEMBERS: Final = (*NOTED, "id", "status", "error", "route", "provider")
 MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the key may see
 MAX_ROWS: Final = 500  # behind "*" clients choose the models: what comes later is counted as OTHER
 OTHER: Final = "(other)"
@@ -2245,11 +2260,10 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
-        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, and of the
-        # histograms by (metric, bound or "sum"); none of what is unknown.  So a request asks for one row, and the
-        # metrics and the page add up as they need.
+        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, none of what is
+        # unknown: a request looks up one row, and the metrics and the page add up as they need.
         self.rows: Sums = {}
-        self.minutes: Sums = {}  # Unix minute -> requests, comparable and cached tokens
+        self.minutes: Sums = {}  # Unix minute -> sums by the names in MINUTE
         self.sessions: Dict[Tuple[Optional[str], str], Record] = {}  # (key, session), the latest last
         self.misses: List[Record] = []
         self.errors: List[Record] = []
@@ -2265,46 +2279,54 @@ class Tally:
         place = (route, model if provider else "", provider, record["target"] or "", f"{status // 100}xx")
         if place not in self.rows and len(self.rows) >= MAX_ROWS:
             place = (route, OTHER, *place[2:])
+        row = self.rows.setdefault(place, {})
+        row["requests"] = row.get("requests", 0) + 1
+        for name in COUNTED if provider else COUNTED[:2]:
+            value = record[name]
+            if value is not None:
+                row[name] = row.get(name, 0) + value
+                if name in BUCKETS:
+                    bucket = BUCKETS[name][bisect.bisect_left(BUCKETS_S, value / 1000)]
+                    row[bucket] = row.get(bucket, 0) + 1
         is_error = status >= 400 or record["error"] is not None
-        sums: Dict[Any, float] = {"requests": 1, "errors": int(is_error)}
-        for name in SUMMED:
-            if record.get(name) is not None:
-                sums[name] = record[name]
+        if is_error:
+            row["errors"] = row.get("errors", 0) + 1
         if provider:
-            for name, metric in HISTOGRAMS:
-                if record[name] is not None:
-                    sums[metric, "sum"] = seconds = record[name] / 1000
-                    sums[metric, BOUNDS[bisect.bisect_left(BUCKETS_S, seconds)]] = 1
-            comparable = 0 if cached is None else record["input_tokens"] or 0
-            sums["comparable_tokens"] = comparable
-            minute = {"requests": 1, "comparable_tokens": comparable, "cached_tokens": cached or 0}
-            add_to(self.minutes.setdefault(int(now) // 60 * 60, {}), minute)
+            minute = self.minutes.setdefault(int(now) // 60 * 60, dict.fromkeys(MINUTE, 0))
+            minute["requests"] += 1
+            if cached is not None:
+                told = record["input_tokens"] or 0
+                row["comparable_tokens"] = row.get("comparable_tokens", 0) + told
+                minute["comparable_tokens"] += told
+                minute["cached_tokens"] += cached
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
             if record["session"] is not None:
                 self._add_turn(record, now)
-        add_to(self.rows.setdefault(place, {}), sums)
         if reason is not None:
             self.count("plexus_cache_misses_total", (place[1], reason))
-            note(self.misses, record, now)
+            note(self.misses, now, record, MISS_MEMBERS)
         if is_error and route != "/status":  # each page that opens is refused once, before it asks for a key
-            note(self.errors, record, now)
+            note(self.errors, now, record, ERROR_MEMBERS)
 
     def _add_turn(self, record: Record, now: float) -> None:
         key, session, cached = record["key"], record["session"], record["cached_tokens"]
-        entry = self.sessions.pop((key, session), None) or {"requests": 0, "turns": []}
-        entry.update(key=key, session=session, model=record["model"], provider=record["provider"], last=now)
-        entry["requests"] += 1
+        requests, turns = 1, []
+        if (key, session) in self.sessions:
+            before = self.sessions.pop((key, session))
+            requests, turns = before["requests"] + 1, before["turns"]
         if cached is not None:
-            entry["turns"].append((now, record["input_tokens"], cached, record["miss_reason"]))
-            del entry["turns"][:-LISTED]
+            turns.append((now, record["input_tokens"], cached, record["miss_reason"]))
+            del turns[:-LISTED]
+        entry = {"key": key, "session": session, "requests": requests, "turns": turns, "last": now}
+        entry.update(model=record["model"], provider=record["provider"])
         self.sessions[key, session] = entry
         if len(self.sessions) > MAX_LISTED_SESSIONS:
             del self.sessions[next(iter(self.sessions))]
 
 
-def note(rows: List[Record], record: Record, now: float) -> None:
-    rows.append({"ts": now, **{name: record[name] for name in NOTED}})
+def note(rows: List[Record], now: float, record: Record, names: Sequence[str]) -> None:
+    rows.append({"ts": now, **{name: record[name] for name in names}})
     del rows[:-LISTED]
 
 
@@ -2335,28 +2357,27 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 def render_metrics(tally: Tally) -> bytes:
     """Return *tally* as Prometheus text, version 0.0.4."""
-    label_names = {metric: labels.strip("-").split(",") for metric, (_, labels, _) in METRICS.items()}
     series: Sums = {metric: dict(counts) for metric, counts in tally.counts.items()}
     for (route, model, provider, _, status), sums in tally.rows.items():
         own = {"route": route, "model": model, "provider": provider, "status": status}
         for name, value in sums.items():
-            metric, other = SUMMED.get(name, ("", "")) if isinstance(name, str) else name
+            metric, other = SUMMED.get(name, ("", ""))
             if metric:
-                add_to(series[metric], {tuple(own.get(label, other) for label in label_names[metric] if label): value})
+                add_to(series[metric], {tuple(own.get(label, other) for label in METRICS[metric][1]): value})
     lines = []
-    for metric, (kind, _, text) in METRICS.items():
-        names, samples = label_names[metric], series[metric]
+    for metric, (kind, names, text) in METRICS.items():
+        samples = series[metric]
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
         if kind != "histogram":
             lines += [f"{metric}{render_labels(names, labels)} {value:.15g}" for labels, value in samples.items()]
             continue
-        for own in {labels[:-1]: None for labels in samples}:
-            count = 0.0
+        for model, provider in dict.fromkeys(labels[:2] for labels in samples):
+            own_labels, count = render_labels(names[:2], (model, provider)), 0.0
             for bound in BOUNDS:
-                count += samples.get((*own, bound), 0)
-                lines.append(f"{metric}_bucket{render_labels(names, (*own, bound))} {count:.15g}")
-            lines.append(f"{metric}_sum{render_labels(names, own)} {samples[(*own, 'sum')]:.15g}")
-            lines.append(f"{metric}_count{render_labels(names, own)} {count:.15g}")
+                count += samples.get((model, provider, bound), 0)
+                lines.append(f"{metric}_bucket{render_labels(names, (model, provider, bound))} {count:.15g}")
+            lines.append(f"{metric}_sum{own_labels} {samples[model, provider, 'sum'] / 1000:.15g}")
+            lines.append(f"{metric}_count{own_labels} {count:.15g}")
     return "\n".join([*lines, ""]).encode("utf-8", "xmlcharrefreplace")  # half a surrogate pair is no UTF-8
 
 
@@ -4623,14 +4644,11 @@ class Shared:
         self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
 
     def publish(self, worker: int, tally: Tally) -> None:
-        data = marshal.dumps(vars(tally))
-        if len(data) > self.HALF_BYTES - self.HEAD.size:  # far more providers than anyone has: the last one stays
-            return
-        number = self._newest(worker)[0] + 1
-        head = (2 * worker + number % 2) * self.HALF_BYTES
-        begin = head + self.HEAD.size
-        self._memory[begin : begin + len(data)] = data
-        self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
+        data, number = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1
+        begin = (2 * worker + number % 2) * self.HALF_BYTES
+        if len(data) <= self.HALF_BYTES - self.HEAD.size:  # else far more providers than anyone has: the last one stays
+            self._memory[begin + self.HEAD.size : begin + self.HEAD.size + len(data)] = data
+            self.HEAD.pack_into(self._memory, begin, number, len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
@@ -4640,13 +4658,12 @@ class Shared:
 
     def _newest(self, worker: int) -> Tuple[int, bytes]:
         """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
-        whole = [(0, b"")]
-        for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
-            number, length, checksum = self.HEAD.unpack_from(self._memory, head)
-            data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
-            if zlib.crc32(data) == checksum:
-                whole.append((number, data))
-        return max(whole)
+        halves = []
+        for begin in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
+            number, length, checksum = self.HEAD.unpack_from(self._memory, begin)
+            data = self._memory[begin + self.HEAD.size : begin + self.HEAD.size + length]
+            halves.append((number, data) if zlib.crc32(data) == checksum else (0, b""))
+        return max(halves)
 
 
 class Log:
@@ -4660,8 +4677,7 @@ class Log:
         self._fd = 2 if path is None else self.open(path)
         self._is_terminal = path is None and os.isatty(2)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._has_dropped = False
-        self._reopens = False
+        self._has_dropped = self._reopens = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -4670,21 +4686,19 @@ class Log:
     def open(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        self._put("info", record)
+    def record(self, record: Record, level: str = "info") -> None:
+        if LEVELS.index(level) > self._level:
+            return
+        if self._lines.qsize() >= MAX_QUEUED_LINES:
+            self._has_dropped = True
+        elif self._is_terminal:
+            self._lines.put((render_line(record) + "\n").encode("utf-8", "replace"))
+        else:
+            self._lines.put(render_json(record))
 
     def event(self, level: str, message: str, **details: Any) -> None:
         stamp = new_record(time.time(), "", "")["ts"]
-        self._put(level, {"ts": stamp, "level": level, "message": message, **details})
-
-    def _put(self, level: str, value: Mapping[str, Any]) -> None:
-        if LEVELS.index(level) > self._level:
-            return
-        if self._lines.qsize() < MAX_QUEUED_LINES:
-            line = (render_line(value) + "\n").encode("utf-8", "replace") if self._is_terminal else render_json(value)
-            self._lines.put(line)
-        else:
-            self._has_dropped = True
+        self.record({"ts": stamp, "level": level, "message": message, **details}, level)
 
     def reopen(self) -> None:
         """Open the file again by its name, before the next line: it may have been rotated away."""
@@ -4707,19 +4721,16 @@ class Log:
                 with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
                     fd, self._fd = self._fd, self.open(str(self._path))
                     os.close(fd)
-            self._write(b"".join(lines))
+            data = b"".join(lines)
+            with contextlib.suppress(OSError):  # closed, or the disk is full
+                while data:
+                    try:
+                        data = data[os.write(self._fd, data) :]
+                    except BlockingIOError:
+                        time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait: the queue is bounded
             if self._has_dropped:
                 self._has_dropped = False
                 self.event("warning", "log lines were dropped: they came faster than they could be written")
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait, and the queue is bounded
-            except OSError:
-                return  # closed, or the disk is full
 
 
 def say(text: str, fd: int = 1) -> None:

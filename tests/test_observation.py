@@ -9,7 +9,7 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import plexus_lite
 from tests.support import make_config, message_item, response_events, response_object, sse
@@ -550,7 +550,7 @@ def record_of(**members: Any) -> Dict[str, Any]:
     return record
 
 
-def tally_of(*records: Mapping[str, Any], now: float = 6000.0) -> plexus_lite.Tally:
+def tally_of(*records: Dict[str, Any], now: float = 6000.0) -> plexus_lite.Tally:
     tally = plexus_lite.Tally()
     for place, record in enumerate(records):
         tally.add(record, now + place)

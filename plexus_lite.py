@@ -2075,8 +2075,8 @@ class UsageReader:
             self.is_complete |= not kind and not members.get("choices")
             for part, names in USAGE_PARTS:
                 counts = usage.get(part) if part else usage
-                for member, name in names if isinstance(counts, dict) else ():
-                    value = counts.get(member)
+                for member, name in names:
+                    value = counts.get(member) if isinstance(counts, dict) else None
                     if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
                         self.tokens[name] = value
         self.is_complete |= kind in TERMINAL_EVENTS
@@ -2222,18 +2222,16 @@ METRICS: Final = {
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUNDS: Final = (*map(str, BUCKETS_S), "+Inf")
-HISTOGRAMS: Final = {"ttfb_ms": "plexus_ttfb_seconds", "duration_ms": "plexus_request_duration_seconds"}
-BUCKETS: Final = {name: [f"{name} {bound}" for bound in BOUNDS] for name in HISTOGRAMS}  # as their counts are called
-COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, *HISTOGRAMS)  # members of a record, each summed if known
 # What is summed: in which metric, and what stands there in the label that is none of the row's.
 SUMMED: Final = {
     "requests": ("plexus_requests_total", ""),
     "bytes_in": ("plexus_received_bytes_total", ""),
     "bytes_out": ("plexus_sent_bytes_total", ""),
     **{name: ("plexus_tokens_total", name[: -len("_tokens")]) for name in USAGE_NAMES},
-    **{name: (metric, "sum") for name, metric in HISTOGRAMS.items()},
-    **{f"{name} {bound}": (metric, bound) for name, metric in HISTOGRAMS.items() for bound in BOUNDS},
+    "ttfb_ms": ("plexus_ttfb_seconds", "sum"),
+    "duration_ms": ("plexus_request_duration_seconds", "sum"),
 }
+COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
 # What the page shows: by which name it is summed.  Of the input only that of answers that tell the cached part.
 SHOWN: Final = {
     **{name: name for name in ("requests", "errors", "cached_tokens", "output_tokens")},
@@ -2260,11 +2258,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
-        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, none of what is
-        # unknown: a request looks up one row, and the metrics and the page add up as they need.
+        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, and a count for
+        # each bucket, "ttfb_ms 0.05"; none of what is unknown.  A request looks up one row; who asks adds up.
         self.rows: Sums = {}
         self.minutes: Sums = {}  # Unix minute -> sums by the names in MINUTE
-        self.sessions: Dict[Tuple[Optional[str], str], Record] = {}  # (key, session), the latest last
+        self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
         self.misses: List[Record] = []
         self.errors: List[Record] = []
         self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
@@ -2285,8 +2283,8 @@ class Tally:
             value = record[name]
             if value is not None:
                 row[name] = row.get(name, 0) + value
-                if name in BUCKETS:
-                    bucket = BUCKETS[name][bisect.bisect_left(BUCKETS_S, value / 1000)]
+                if name.endswith("_ms"):
+                    bucket = f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"
                     row[bucket] = row.get(bucket, 0) + 1
         is_error = status >= 400 or record["error"] is not None
         if is_error:
@@ -2311,15 +2309,12 @@ class Tally:
 
     def _add_turn(self, record: Record, now: float) -> None:
         key, session, cached = record["key"], record["session"], record["cached_tokens"]
-        requests, turns = 1, []
-        if (key, session) in self.sessions:
-            before = self.sessions.pop((key, session))
-            requests, turns = before["requests"] + 1, before["turns"]
+        entry = self.sessions.pop((key, session), None) or {"requests": 0, "turns": []}
+        entry.update(key=key, session=session, model=record["model"], provider=record["provider"], last=now)
+        entry["requests"] += 1
         if cached is not None:
-            turns.append((now, record["input_tokens"], cached, record["miss_reason"]))
-            del turns[:-LISTED]
-        entry = {"key": key, "session": session, "requests": requests, "turns": turns, "last": now}
-        entry.update(model=record["model"], provider=record["provider"])
+            entry["turns"].append((now, record["input_tokens"], cached, record["miss_reason"]))
+            del entry["turns"][:-LISTED]
         self.sessions[key, session] = entry
         if len(self.sessions) > MAX_LISTED_SESSIONS:
             del self.sessions[next(iter(self.sessions))]
@@ -2361,9 +2356,11 @@ def render_metrics(tally: Tally) -> bytes:
     for (route, model, provider, _, status), sums in tally.rows.items():
         own = {"route": route, "model": model, "provider": provider, "status": status}
         for name, value in sums.items():
-            metric, other = SUMMED.get(name, ("", ""))
+            member, _, bound = name.partition(" ")
+            metric, other = SUMMED.get(member, ("", ""))
             if metric:
-                add_to(series[metric], {tuple(own.get(label, other) for label in METRICS[metric][1]): value})
+                labels = tuple(own.get(label, bound or other) for label in METRICS[metric][1])
+                add_to(series[metric], {labels: value})
     lines = []
     for metric, (kind, names, text) in METRICS.items():
         samples = series[metric]
@@ -2393,19 +2390,20 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         own = [row for row in rows if sees_all or row["key"] == identity.name]
         return sorted(own, key=lambda row: -row[moment])[:count]
 
-    def row(sums: Mapping[Any, float], **names: str) -> Record:
-        return {**names, **{shown: sums.get(name, 0) for shown, name in SHOWN.items()}}
+    def row(sums: Mapping[Any, float]) -> Record:
+        return {shown: sums.get(name, 0) for shown, name in SHOWN.items()}
 
     sees_all = identity.name is None or identity.is_admin
     models: Sums = {}
-    targets: Sums = {place: {} for place in tally.open}  # also those that nothing has gone to
+    idle: Record = {"open": 0, "cooling_s": 0.0}
+    # Also those that nothing has gone to.
+    targets: Sums = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
     total: Dict[Any, float] = {}
     for (_, model, provider, url, _), sums in tally.rows.items():
         if provider:
-            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), {})):
+            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), dict(idle))):
                 add_to(each, sums)
     costs = [cost_of(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
-    busy = {place: dict(zip(("open", "cooling_s"), tally.open.get(place, (0, 0.0)))) for place in targets}
     return {
         "version": __version__,
         "key": identity.name,
@@ -2415,9 +2413,10 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         "spent": sum(spent for spent, _ in costs) if costs else None,
         "saved": sum(saved for _, saved in costs) if costs else None,
         "minutes": [[at, *sums.values()] for at, sums in sorted(tally.minutes.items()) if at > now - 3600],
-        "models": [row(sums, model=model) for model, sums in models.items()],
+        "models": [{"model": model, **row(sums)} for model, sums in models.items()],
         "targets": [
-            {**row(sums, provider=place[0], target=place[1]), **busy[place]} for place, sums in targets.items()
+            {"provider": provider, "target": url, **row(sums), **{name: sums[name] for name in idle}}
+            for (provider, url), sums in targets.items()
         ],
         "sessions": latest(tally.sessions.values(), "last", 50),
         "misses": latest(tally.misses, "ts", LISTED),

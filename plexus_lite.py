@@ -2237,7 +2237,6 @@ SHOWN: Final = {
     **{name: name for name in ("requests", "errors", "cached_tokens", "output_tokens")},
     "input_tokens": "comparable_tokens",
 }
-MINUTE: Final = ("requests", "comparable_tokens", "cached_tokens")
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
 NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
@@ -2261,7 +2260,7 @@ class Tally:
         # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, and a count for
         # each bucket, "ttfb_ms 0.05"; none of what is unknown.  A request looks up one row; who asks adds up.
         self.rows: Sums = {}
-        self.minutes: Sums = {}  # Unix minute -> sums by the names in MINUTE
+        self.minutes: Sums = {}  # Unix minute -> what it had of requests, comparable and cached tokens
         self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
         self.misses: List[Record] = []
         self.errors: List[Record] = []
@@ -2277,8 +2276,12 @@ class Tally:
         place = (route, model if provider else "", provider, record["target"] or "", f"{status // 100}xx")
         if place not in self.rows and len(self.rows) >= MAX_ROWS:
             place = (route, OTHER, *place[2:])
-        row = self.rows.setdefault(place, {})
-        row["requests"] = row.get("requests", 0) + 1
+        is_error = status >= 400 or record["error"] is not None
+        told = record["input_tokens"] or 0 if cached is not None else 0
+        row = self.rows.setdefault(place, {"requests": 0, "errors": 0, "comparable_tokens": 0})
+        row["requests"] += 1
+        row["errors"] += is_error
+        row["comparable_tokens"] += told
         for name in COUNTED if provider else COUNTED[:2]:
             value = record[name]
             if value is not None:
@@ -2286,17 +2289,11 @@ class Tally:
                 if name.endswith("_ms"):
                     bucket = f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"
                     row[bucket] = row.get(bucket, 0) + 1
-        is_error = status >= 400 or record["error"] is not None
-        if is_error:
-            row["errors"] = row.get("errors", 0) + 1
         if provider:
-            minute = self.minutes.setdefault(int(now) // 60 * 60, dict.fromkeys(MINUTE, 0))
+            minute = self.minutes.setdefault(int(now) // 60 * 60, {"requests": 0, "told": 0, "cached": 0})
             minute["requests"] += 1
-            if cached is not None:
-                told = record["input_tokens"] or 0
-                row["comparable_tokens"] = row.get("comparable_tokens", 0) + told
-                minute["comparable_tokens"] += told
-                minute["cached_tokens"] += cached
+            minute["told"] += told
+            minute["cached"] += cached or 0
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
             if record["session"] is not None:

@@ -1953,6 +1953,7 @@ class LongJson:
         self._held = b""
 
     def feed(self, data: bytes, is_last: bool = False) -> None:
+        """Take *data*; after the last of it, found is complete."""
         data = self._held + data
         end = len(data) if is_last else max(len(data) - MEMBER_BYTES, 0)
         end -= (end - len(data[:end].rstrip(b"\\"))) % 2  # not within an escape
@@ -1972,6 +1973,7 @@ class LongJson:
         self._held = data[end:]
 
     def _pass(self, plain: bytes) -> None:
+        """Count the brackets outside strings."""
         parts = plain.split(b'"')
         outside = b"".join(parts[int(self._in_string) :: 2])
         self._in_string ^= len(parts) % 2 == 0
@@ -2063,6 +2065,7 @@ class UsageReader:
                 self._note(kind, inner if isinstance(inner, dict) else event)
 
     def _end_long(self, end: bytes) -> None:
+        """Read the long line or object, if there is one, of which *end* is the last."""
         if self._long:
             self._long.feed(end, is_last=True)
             self._note(self._long.kind, self._long.found)
@@ -2234,8 +2237,11 @@ SUMMED: Final = {
 COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
 # What the page shows: by which name it is summed.  Of the input only that of answers that tell the cached part.
 SHOWN: Final = {
-    **{name: name for name in ("requests", "errors", "cached_tokens", "output_tokens")},
+    "requests": "requests",
+    "errors": "errors",
     "input_tokens": "comparable_tokens",
+    "cached_tokens": "cached_tokens",
+    "output_tokens": "output_tokens",
 }
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
@@ -2318,11 +2324,13 @@ class Tally:
 
 
 def note(rows: List[Record], now: float, record: Record, names: Sequence[str]) -> None:
+    """Add these members of *record* to *rows*, of which the last LISTED stay."""
     rows.append({"ts": now, **{name: record[name] for name in names}})
     del rows[:-LISTED]
 
 
 def add_to(sums: Dict[Any, float], more: Mapping[Any, float]) -> None:
+    """Add the numbers in *more* to those of the same name in *sums*."""
     for name, value in more.items():
         sums[name] = sums.get(name, 0) + value
 

@@ -4649,10 +4649,11 @@ class Shared:
 
     def publish(self, worker: int, tally: Tally) -> None:
         data, number = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1
-        begin = (2 * worker + number % 2) * self.HALF_BYTES
+        head = (2 * worker + number % 2) * self.HALF_BYTES
+        begin = head + self.HEAD.size
         if len(data) <= self.HALF_BYTES - self.HEAD.size:  # else far more providers than anyone has: the last one stays
-            self._memory[begin + self.HEAD.size : begin + self.HEAD.size + len(data)] = data
-            self.HEAD.pack_into(self._memory, begin, number, len(data), zlib.crc32(data))
+            self._memory[begin : begin + len(data)] = data
+            self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
@@ -4663,9 +4664,9 @@ class Shared:
     def _newest(self, worker: int) -> Tuple[int, bytes]:
         """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
         halves = []
-        for begin in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
-            number, length, checksum = self.HEAD.unpack_from(self._memory, begin)
-            data = self._memory[begin + self.HEAD.size : begin + self.HEAD.size + length]
+        for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
+            number, length, checksum = self.HEAD.unpack_from(self._memory, head)
+            data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
             halves.append((number, data) if zlib.crc32(data) == checksum else (0, b""))
         return max(halves)
 
@@ -4682,7 +4683,6 @@ class Log:
         self._is_terminal = path is None and os.isatty(2)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._has_dropped = self._reopens = False
-        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -4709,16 +4709,14 @@ class Log:
         self._reopens = self._path is not None
 
     def close(self) -> None:
-        self._closing.set()
-        self._lines.put(b"")
+        self._lines.put(b"")  # the last one
         self._thread.join(2)
 
     def _run(self) -> None:
-        is_last = False
-        while not is_last:
+        lines = [b"\n"]
+        while all(lines):
             lines = [self._lines.get()]
-            # Then write all that came meanwhile: a wake-up per line costs the requests.
-            is_last = self._closing.wait(LOG_PAUSE_S)
+            time.sleep(LOG_PAUSE_S)  # then write all that came meanwhile: a wake-up per line costs the requests
             lines += [self._lines.get() for _ in range(self._lines.qsize())]
             if self._reopens:
                 self._reopens = False

@@ -2384,6 +2384,7 @@ def render_metrics(tally: Tally) -> bytes:
 
 
 def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
+    """Return the labels of a sample, or "" if it has none."""
     pairs = ",".join(f'{name}="{value.translate(LABEL_ESCAPES)}"' for name, value in zip(names, values))
     return f"{{{pairs}}}" if pairs else ""
 
@@ -2401,14 +2402,15 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
     sees_all = identity.name is None or identity.is_admin
     models: Sums = {}
     idle: Record = {"open": 0, "cooling_s": 0.0}
-    # Also those that nothing has gone to.
+    # That nothing has gone to yet, too.
     targets: Sums = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
     total: Dict[Any, float] = {}
     for (_, model, provider, url, _), sums in tally.rows.items():
         if provider:
             for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), dict(idle))):
                 add_to(each, sums)
-    costs = [cost_of(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
+    priced = [(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
+    costs = [cost_of(price, sums) for price, sums in priced if "input_tokens" in sums]
     return {
         "version": __version__,
         "key": identity.name,

@@ -1624,8 +1624,11 @@ def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:
     return [*error.fields, ("x-plexus-error", error.code)], render_json({"error": detail})
 
 
+JSON_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+
+
 def render_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+    return JSON_ENCODER.encode(value).encode("ascii") + b"\n"
 
 
 # ---------------------------------------------------------------------------
@@ -1892,19 +1895,24 @@ RECORD_MEMBERS: Final = (
     + ("placement", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "miss_reason")
     + ("prefix_changed_at",)
 )
+Record = Dict[str, Any]
+EMPTY_RECORD: Final[Record] = {**dict.fromkeys(RECORD_MEMBERS), "attempts": 0, "bytes_in": 0, "bytes_out": 0}
 RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
+RESPONSE_ID_BYTES: Final = 16 * KIB  # it stands in the first event
 
 
-def new_record(started: float, request_id: str, client: str) -> Dict[str, Any]:
+@functools.lru_cache(maxsize=1)  # of a busy second hundreds of records ask
+def render_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def new_record(started: float, request_id: str, client: str) -> Record:
     """Return the access log record of a request that began at *started* (Unix time); null is what is not known."""
-    record: Dict[str, Any] = dict.fromkeys(RECORD_MEMBERS)
-    milliseconds = int(started * 1000) % 1000
-    record["ts"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(started)) + f".{milliseconds:03d}Z"
-    record.update(id=request_id, client=client, attempts=0, bytes_in=0, bytes_out=0)
-    return record
+    second, millisecond = divmod(int(started * 1000), 1000)
+    return {**EMPTY_RECORD, "ts": f"{render_second(second)}.{millisecond:03d}Z", "id": request_id, "client": client}
 
 
-def render_line(record: Mapping[str, Any]) -> str:
+def render_line(record: Record) -> str:
     """Return *record*, an access record or an event of the log, as a line for a person at a terminal."""
     clock = record["ts"][11:19]
     if "level" in record:
@@ -1912,13 +1920,11 @@ def render_line(record: Mapping[str, Any]) -> str:
     words = [clock, str(record["status"]), f"{record['method'] or '-'} {record['route'] or '-'}"]
     words += [str(record[name]) for name in ("model", "provider", "session") if record[name]]
     words.append(f"{record['duration_ms'] or 0:.0f} ms")
-    if record["cached_tokens"] is not None:
-        share = record["cached_tokens"] / max(record["input_tokens"] or 0, 1)
-        words.append(f"cached {record['cached_tokens']} of {record['input_tokens']} ({share:.0%})")
-    for name in ("miss_reason", "prefix_changed_at", "error"):
-        if record[name] is not None:
-            words.append(f"{name} {record[name]}")
-    return one_line("  ".join(words))
+    cached, told = record["cached_tokens"], record["input_tokens"]
+    if cached is not None:
+        words.append(f"cached {cached} of {told} ({cached / (told or 1):.0%})")
+    names = ("miss_reason", "prefix_changed_at", "error")
+    return one_line("  ".join(words + [f"{name} {record[name]}" for name in names if record[name] is not None]))
 
 
 class ResponseIds:
@@ -1929,38 +1935,34 @@ class ResponseIds:
         self.found: Optional[str] = None
 
     def feed(self, payload: bytes) -> bool:
-        """Return True once, when the id has been found.  It stands in the first event, within the first 16 KiB."""
+        """Return True once, when the id has been found."""
         if self._start is None:
             return False
-        self._start = (self._start + payload[: 16 * KIB])[: 16 * KIB]
-        found = RESPONSE_ID.search(self._start)
-        if found or len(self._start) >= 16 * KIB:
+        self._start += payload
+        found = RESPONSE_ID.search(self._start, 0, RESPONSE_ID_BYTES)
+        if found:
+            self.found = found.group(1).decode()
+        if found or len(self._start) >= RESPONSE_ID_BYTES:
             self._start = None
-        self.found = found.group(1).decode("ascii") if found else None
         return found is not None
 
 
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
-# What the access log calls it: where an answer's usage has it.
-USAGE_PATHS: Final = (
-    ("input_tokens", ("input_tokens",)),
-    ("input_tokens", ("prompt_tokens",)),
-    ("cached_tokens", ("input_tokens_details", "cached_tokens")),
-    ("cached_tokens", ("prompt_tokens_details", "cached_tokens")),
-    ("cache_write_tokens", ("input_tokens_details", "cache_write_tokens")),
-    ("cache_write_tokens", ("prompt_tokens_details", "cache_write_tokens")),
-    ("output_tokens", ("output_tokens",)),
-    ("output_tokens", ("completion_tokens",)),
+CACHE_NAMES: Final = (("cached_tokens", "cached_tokens"), ("cache_write_tokens", "cache_write_tokens"))
+# The member of an answer's usage, "" for the usage itself: the counts in it, each with what the access log calls it.
+USAGE_PARTS: Final = (
+    ("", (("input_tokens", "input_tokens"), ("prompt_tokens", "input_tokens"))),
+    ("", (("output_tokens", "output_tokens"), ("completion_tokens", "output_tokens"))),
+    ("input_tokens_details", CACHE_NAMES),
+    ("prompt_tokens_details", CACHE_NAMES),
 )
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
-LOOK_BYTES: Final = 16 * KIB
 TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
+LOOK_BYTES: Final = 16 * KIB
 SHORT_JSON_BYTES: Final = 64 * KIB  # kept whole until it is complete; what is longer is read piece by piece
 MEMBER_BYTES: Final = 8 * KIB  # of a usage or error object; real ones have some 200
-JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)', re.DOTALL)  # no group 1: it goes on
-MEMBER: Final = re.compile(rb'"(usage|error)"\s*:\s*(?=\{)')
-CUT_MEMBER: Final = re.compile(rb'"(?:usage|error)"\s*:?\s*\Z')
+MEMBER: Final = re.compile(rb'"(usage|error)"\s{0,99}:\s{0,99}(?=\{)')
 COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
 EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"(response\.(?:completed|incomplete|failed)|error)"')
 
@@ -1968,54 +1970,52 @@ EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"(response\.(?:completed|incomple
 class LongJson:
     """Finds the objects "usage" and "error" at the top or one level below it, in JSON too long to be kept.
 
-    A response.completed repeats the instructions, the tools and all output.  Feed it anything; it knows the depth at
-    the end of what came, and holds back what a later piece may complete: a member, or the beginning of a string.
+    A response.completed repeats the instructions, the tools and all output.  The last MEMBER_BYTES of what came are
+    held back, so that a member is seen whole; of what came before them, depth and an open string are known.
     """
 
-    def __init__(self, max_depth: int) -> None:
-        self.found: Dict[str, Any] = {}
-        self._max_depth = max_depth
+    def __init__(self, is_event: bool, begin: bytes) -> None:
+        kind = EVENT_TYPE.search(begin, 0, KIB)
+        self.kind = kind.group(1).decode() if kind else ""  # "" also where it stands at the end
+        self.found: Record = {}
+        self._max_depth = 2 if is_event else 1
         self._depth = 0
+        self._in_string = False
         self._held = b""
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, is_last: bool = False) -> None:
+        """Take *data*; after the last of it, found is complete."""
         data = self._held + data
-        position, end = 0, len(data)
-        for member in MEMBER.finditer(data):  # a quote within a string is escaped, so this is never inside one
-            if member.start() < position:
-                continue
-            self._pass(data[position : member.start()])
-            position = member.start()
+        end = len(data) if is_last else max(len(data) - MEMBER_BYTES, 0)
+        end -= (end - len(data[:end].rstrip(b"\\"))) % 2  # not within an escape
+        plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
+        begin = 0
+        for member in MEMBER.finditer(plain):
+            place = member.start()
+            if place >= end:
+                break
+            self._pass(plain[begin:place])
+            begin = place
             if self._depth <= self._max_depth:
-                text = data[member.end() : member.end() + MEMBER_BYTES].decode("utf-8", "replace")
-                try:
+                text = data[member.end() : place + MEMBER_BYTES].decode("utf-8", "replace")
+                with contextlib.suppress(ValueError, RecursionError):
                     self.found[member.group(1).decode()] = json.JSONDecoder().raw_decode(text)[0]
-                except (ValueError, RecursionError):
-                    if len(data) - member.end() < MEMBER_BYTES:  # the rest of it is still to come
-                        end = position
-                        break
-        cut = CUT_MEMBER.search(data, max(position, end - 64), end)
-        end = cut.start() if cut else end
-        self._held = self._pass(data[position:end]) + data[end:]
+        self._pass(plain[begin:end])
+        self._held = data[end:]
 
-    def _pass(self, data: bytes) -> bytes:
-        """Count the brackets outside strings; return what has to stand before the next piece if a string is cut."""
-        last = next(iter(collections.deque(JSON_STRING.finditer(data), maxlen=1)), None)
-        outside = JSON_STRING.sub(b"", data)
+    def _pass(self, plain: bytes) -> None:
+        """Count the brackets outside strings."""
+        parts = plain.split(b'"')
+        outside = b"".join(parts[int(self._in_string) :: 2])
+        self._in_string ^= len(parts) % 2 == 0
         self._depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
-        if last is None or last.group(1):
-            return b""
-        begun = last.group()
-        if len(begun) > 16:  # no name of a member: only that it is open matters, and an escape that is cut
-            begun = b'"...' + b"\\" * ((len(begun) - len(begun.rstrip(b"\\"))) % 2)
-        return begun
 
 
 class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
     feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
-    USAGE_PATHS, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    USAGE_PARTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
     response's last event has passed.
     """
 
@@ -2024,11 +2024,9 @@ class UsageReader:
         self.error: Optional[str] = None
         self.is_complete = False
         self._is_events = is_events
-        self._parts: List[bytes] = []  # what has not been looked at yet
-        self._size = 0  # of them
-        self._held = b""  # the beginning of a line, or of the one object
-        self._long: Optional[LongJson] = None  # reads what has become too long for that
-        self._kind = ""  # the type of the event that it reads
+        self._parts: List[bytes] = []  # the beginning of a line, or of the one object, and what came behind it
+        self._size = 0  # of what has not been looked at
+        self._long: Optional[LongJson] = None  # reads what has become too long to be kept
 
     def feed(self, data: bytes) -> None:
         """Take *data*; it is looked at together with what comes next, since most events are small and say nothing."""
@@ -2037,66 +2035,58 @@ class UsageReader:
         if self._size > LOOK_BYTES:
             self._look()
 
+    def finish(self) -> None:
+        if self._parts:  # else it has been called before
+            self._look()
+            if not self._is_events:  # of an event stream, a line without its end has not been sent
+                self._read(self._parts[0])
+                self._end_long(b"")
+            self._parts, self._long = [], None
+            if self.tokens.get("cached_tokens", 0) > self.tokens.get("input_tokens", 0):
+                del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
+
     def _look(self) -> None:
-        data = b"".join([self._held, *self._parts] if self._held else self._parts)
-        self._parts, self._size, self._held = [], 0, b""
+        data = b"".join(self._parts)
         if self._is_events:
             data = self._read_lines(data)
         if self._long is None and len(data) > SHORT_JSON_BYTES:
-            self._long = LongJson(2 if self._is_events else 1)
-            kind = EVENT_TYPE.search(data[:KIB])
-            self._kind = kind.group(1).decode() if kind else ""  # "" also where the type stands at the end
+            self._long = LongJson(self._is_events, data)
         if self._long:
             self._long.feed(data)
-        else:
-            self._held = data
-
-    def finish(self) -> None:
-        self._look()
-        if not self._is_events:  # of an event stream, a line without its end has not been sent
-            if self._long:
-                self._note("", self._long.found)
-            else:
-                self._read_all(self._held)
-        self._long, self._held = None, b""
-        if self.tokens.get("cached_tokens", 0) > self.tokens.get("input_tokens", 0):
-            del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
+            data = b""
+        self._parts, self._size = [data], 0
 
     def _read_lines(self, data: bytes) -> bytes:
         """Read the lines that are complete; return the beginning of one that is not."""
-        if self._long:
-            end = data.find(b"\n")
-            if end < 0:
-                return data
-            self._long.feed(data[:end])
-            self._note(self._kind, self._long.found)
-            self._long, data = None, data[end + 1 :]
-        begin = data.rfind(b"\n") + 1
-        lines = set()
+        if self._long and b"\n" in data:
+            end, _, data = data.partition(b"\n")
+            self._end_long(end)
+        rest = data.rfind(b"\n") + 1
+        lines: Dict[int, int] = {}  # where one begins that tells something: where its usage is, 0 if it tells more
         for word in TELLING:
-            place = data.rfind(word, 0, begin)  # takes a third of the time of find or "in"
+            place = data.rfind(word, 0, rest)  # takes a third of the time of find or "in"
             while place >= 0:
                 if TOLD.match(data, place + len(word)):
-                    lines.add(data.rfind(b"\n", 0, place) + 1)
+                    line = data.rfind(b"\n", 0, place) + 1
+                    lines[line] = 0 if line in lines or word != TELLING[0] else place
                 place = data.rfind(word, 0, place)
-        for start in sorted(lines):
-            self._read(data[start : data.find(b"\n", start)].partition(b":")[2])
-        return data[begin:]
+        for line, usage in sorted(lines.items()):
+            begin = data.find(b":", line) + 1
+            self._read(data[begin : data.find(b"\n", line)], usage - begin)
+        return data[rest:]
 
-    def _read(self, text: bytes) -> None:
-        """Read an event.  The last one may be long, with its usage near its end: then that end is enough, if only the
-        response and the event are closed behind it, and nowhere an error is told."""
-        no_errors = text.count(b'"error":null') + text.count(b'"error": null')
-        if COUNTED_EVENT.match(text) and text.count(b'"error"') == no_errors:
-            with contextlib.suppress(ValueError, RecursionError):
-                tail = "{" + text[text.rfind(b'"usage"') :].decode()
+    def _read(self, text: bytes, usage: int = 0) -> None:
+        """Read an event or a whole answer that tells something; only its usage, which is at *usage*, if that is
+        positive.  The last event may be long: its end is enough, if only the response is closed behind the usage."""
+        if usage > 0 and COUNTED_EVENT.match(text):
+            tail = "{" + text[usage:].decode("utf-8", "replace")
+            try:
                 members, end = JSON_DECODER.raw_decode(tail)
-                if tail[end:].strip() == "}":
-                    self._note("response.completed", members)
-                    return
-        self._read_all(text)
-
-    def _read_all(self, text: bytes) -> None:
+            except (ValueError, RecursionError):
+                members, end = {}, 0
+            if tail[end:].strip() == "}":
+                self._note("response.completed", members)
+                return
         with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(text)
             if isinstance(event, dict):
@@ -2105,20 +2095,29 @@ class UsageReader:
                     inner = {"error": event}
                 self._note(kind, inner if isinstance(inner, dict) else event)
 
-    def _note(self, kind: Any, members: Mapping[str, Any]) -> None:
-        # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
-        is_last = not kind and isinstance(members.get("usage"), dict) and not members.get("choices")
-        self.is_complete = self.is_complete or is_last or kind in TERMINAL_EVENTS
-        for name, path in USAGE_PATHS:
-            value = members.get("usage")
-            for step in path:
-                value = value.get(step) if isinstance(value, dict) else None
-            if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
-                self.tokens[name] = value
-        error = members.get("error")
-        if isinstance(error, dict) or kind in ("error", "response.failed"):
-            error = error if isinstance(error, dict) else {}
+    def _end_long(self, end: bytes) -> None:
+        """Read the long line or object, if there is one, of which *end* is the last."""
+        if self._long:
+            self._long.feed(end, is_last=True)
+            self._note(self._long.kind, self._long.found)
+            self._long = None
+
+    def _note(self, kind: Any, members: Record) -> None:
+        usage, error = members.get("usage"), members.get("error")
+        if isinstance(usage, dict):
+            # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
+            self.is_complete |= not kind and not members.get("choices")
+            for part, names in USAGE_PARTS:
+                counts = usage.get(part) if part else usage
+                for member, name in names:
+                    value = counts.get(member) if isinstance(counts, dict) else None
+                    if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
+                        self.tokens[name] = value
+        self.is_complete |= kind in TERMINAL_EVENTS
+        if isinstance(error, dict):
             self.error = str(error.get("code") or error.get("type") or kind)[:100]
+        elif kind in ("error", "response.failed"):
+            self.error = str(kind)
 
 
 PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before the input items
@@ -2127,14 +2126,11 @@ DIGEST_BYTES: Final = 4
 
 def digest_of(value: Any) -> bytes:
     """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of bytes is."""
-    try:
-        number = hash(marshal.dumps(value, 2))  # version 2: later ones depend on reference counts
-    except ValueError:  # nested more deeply than marshal goes
-        number = 0
-    return (number & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
+    # Version 2 of the format: later ones depend on reference counts.
+    return (hash(marshal.dumps(value, 2)) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
 
 
-def prefix_of(members: Mapping[str, Any]) -> bytes:
+def prefix_of(members: Record) -> bytes:
     """Return digests of what a prompt begins with, to see what changed: of PREFIX_MEMBERS and of each input item.
 
     With a previous_response_id the items before its input are not known, and none is compared.
@@ -2142,8 +2138,12 @@ def prefix_of(members: Mapping[str, Any]) -> bytes:
     items = members.get("input", members.get("messages"))
     if members.get("previous_response_id"):
         items = []
-    items = items if isinstance(items, list) else [items]
-    return b"".join(map(digest_of, [*map(members.get, PREFIX_MEMBERS), *items]))
+    values = [*map(members.get, PREFIX_MEMBERS), *(items if isinstance(items, list) else [items])]
+    try:
+        numbers = [hash(marshal.dumps(value, 2)) & 0xFFFFFFFF for value in values]
+    except ValueError:  # nested more deeply than marshal goes: none is compared
+        return b""
+    return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
 class Turn(NamedTuple):
@@ -2157,9 +2157,9 @@ class Turn(NamedTuple):
 
 def changed_at(old: bytes, new: bytes) -> Union[str, int, None]:
     """Return what comes first in the prefix *new* that is not as in *old*: a member's name or an input item's index."""
-    for place in range(0, min(len(old), len(new)), DIGEST_BYTES):
-        if old[place : place + DIGEST_BYTES] != new[place : place + DIGEST_BYTES]:
-            index = place // DIGEST_BYTES - len(PREFIX_MEMBERS)
+    for place, (one, other) in enumerate(zip(memoryview(old).cast("I"), memoryview(new).cast("I"))):
+        if one != other:
+            index = place - len(PREFIX_MEMBERS)
             return PREFIX_MEMBERS[index] if index < 0 else index
     return None
 
@@ -2204,63 +2204,86 @@ class SessionTable:
     BYTES: Final = HEADS_AT + SESSIONS * HEAD.size
 
     def __init__(self, memory: Any) -> None:
-        """*memory* is a writable buffer of BYTES zeros."""
+        """*memory* is a writable buffer of BYTES zeros, with the methods of bytearray and mmap."""
         self._memory = memory
 
     def replace(self, key: bytes, turn: Turn) -> Optional[Turn]:
         """Store *turn* for the session *key* (16 bytes); return the one it had."""
-        size, memory = self.HEAD.size, self._memory
-        bucket = int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * self.WAYS
-        start = self.HEADS_AT + bucket * size
-        heads = memory[start : start + self.WAYS * size]
-        found = heads.find(key)
-        is_known = found >= 0 and found % size == 0
-        way = found // size if is_known else min(range(self.WAYS), key=lambda way: self._head(heads, way)[2])
-        begin = (bucket + way) * self.PREFIX_BYTES
-        previous = None
+        memory, head, width = self._memory, self.HEAD, self.WAYS * self.HEAD.size
+        bucket = self.HEADS_AT + int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * width
+        place, previous = memory.find(key, bucket, bucket + width), None
+        is_known = place >= 0
+        if not is_known:
+            slots = range(bucket, bucket + width, head.size)
+            place = min(slots, key=lambda slot: head.unpack_from(memory, slot)[2])
+        begin = (place - self.HEADS_AT) // head.size * self.PREFIX_BYTES
         if is_known:
-            _, checksum, at, target, input_tokens, length = self._head(heads, way)
-            prefix = memory[begin : begin + min(length, self.PREFIX_BYTES)]
-            if checksum == zlib.crc32(prefix, zlib.crc32(heads[found + 20 : found + size])):
-                previous = Turn(at, target, input_tokens, prefix)
-        prefix = turn.prefix[: self.PREFIX_BYTES]
-        head = self.HEAD.pack(key, 0, *turn[:3], len(prefix))
-        checksum = zlib.crc32(prefix, zlib.crc32(head[20:]))  # of all behind key and checksum
-        memory[begin : begin + len(prefix)] = prefix
-        memory[start + way * size : start + (way + 1) * size] = key + checksum.to_bytes(4, "little") + head[20:]
+            _, checksum, at, target, input_tokens, length = head.unpack_from(memory, place)
+            prefix = bytes(memory[begin : begin + min(length, self.PREFIX_BYTES)])
+            found = Turn(at, target, input_tokens, prefix)
+            previous = found if hash(found) & 0xFFFFFFFF == checksum else None
+        if len(turn.prefix) > self.PREFIX_BYTES:
+            turn = turn._replace(prefix=turn.prefix[: self.PREFIX_BYTES])
+        memory[begin : begin + len(turn.prefix)] = turn.prefix
+        head.pack_into(memory, place, key, hash(turn) & 0xFFFFFFFF, *turn[:3], len(turn.prefix))
         return previous
 
-    def _head(self, heads: bytes, way: int) -> Tuple[Any, ...]:
-        return self.HEAD.unpack_from(heads, way * self.HEAD.size)
 
-
+# name, type, labels, help
+METRIC_TABLE: Final = """
+plexus_requests_total              counter    route,model,provider,status  Requests by status class.
+plexus_tokens_total                counter    model,provider,kind          Tokens as the upstreams count them.
+plexus_cache_misses_total          counter    model,reason                 Requests that found too little in the cache.
+plexus_ttfb_seconds                histogram  model,provider,le            Time to the first byte of the answer.
+plexus_request_duration_seconds    histogram  model,provider,le            Time to the last byte of the answer.
+plexus_received_bytes_total        counter    -                            Bytes of request bodies.
+plexus_sent_bytes_total            counter    -                            Bytes of answer bodies.
+plexus_upstream_connections_total  counter    provider,reused              Requests by kind of connection.
+plexus_failovers_total             counter    provider   Requests that left a provider for the next target.
+plexus_cooldowns_total             counter    provider   Times that a target began to rest after a failure.
+plexus_in_flight                   gauge      -                            Requests under way.
+plexus_targets_cooling             gauge      provider                     Targets that rest after a failure.
+plexus_build_info                  gauge      version,python               Always 1.
+process_cpu_seconds_total          counter    -                            User and system CPU time.
+process_resident_memory_bytes      gauge      -                            Resident memory.
+process_open_fds                   gauge      -                            Open file descriptors.
+process_start_time_seconds         gauge      -                            Start of the process, Unix time.
+"""
+METRICS: Final = {
+    name: (kind, () if labels == "-" else tuple(labels.split(",")), text)
+    for name, kind, labels, text in (row.split(None, 3) for row in METRIC_TABLE.strip().split("\n"))
+}
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# name: (type, help, labels)
-METRICS: Final[Mapping[str, Tuple[str, str, Tuple[str, ...]]]] = {
-    "plexus_requests_total": ("counter", "Requests by status class.", ("route", "model", "provider", "status")),
-    "plexus_tokens_total": ("counter", "Tokens as the upstreams count them.", ("model", "provider", "kind")),
-    "plexus_cache_misses_total": ("counter", "Requests that found too little in the cache.", ("model", "reason")),
-    "plexus_ttfb_seconds": ("histogram", "Time to the first byte of the answer.", ("model", "provider")),
-    "plexus_request_duration_seconds": ("histogram", "Time to the last byte of the answer.", ("model", "provider")),
-    "plexus_received_bytes_total": ("counter", "Bytes of request bodies.", ()),
-    "plexus_sent_bytes_total": ("counter", "Bytes of answer bodies.", ()),
-    "plexus_upstream_connections_total": ("counter", "Requests by kind of connection.", ("provider", "reused")),
-    "plexus_failovers_total": ("counter", "Requests that left a provider for the next target.", ("provider",)),
-    "plexus_cooldowns_total": ("counter", "Times that a target began to rest after a failure.", ("provider",)),
-    "plexus_in_flight": ("gauge", "Requests under way.", ()),
-    "plexus_targets_cooling": ("gauge", "Targets that rest after a failure.", ("provider",)),
-    "plexus_build_info": ("gauge", "Always 1.", ("version", "python")),
-    "process_cpu_seconds_total": ("counter", "User and system CPU time.", ()),
-    "process_resident_memory_bytes": ("gauge", "Resident memory.", ()),
-    "process_open_fds": ("gauge", "Open file descriptors.", ()),
-    "process_start_time_seconds": ("gauge", "Start of the process, Unix time.", ()),
+BOUNDS: Final = (*map(str, BUCKETS_S), "+Inf")
+# What is summed: in which metric, and what stands there in the label that is none of the row's.
+SUMMED: Final = {
+    "requests": ("plexus_requests_total", ""),
+    "bytes_in": ("plexus_received_bytes_total", ""),
+    "bytes_out": ("plexus_sent_bytes_total", ""),
+    **{name: ("plexus_tokens_total", name[: -len("_tokens")]) for name in USAGE_NAMES},
+    "ttfb_ms": ("plexus_ttfb_seconds", "sum"),
+    "duration_ms": ("plexus_request_duration_seconds", "sum"),
 }
-Labels = Tuple[str, ...]
-MAX_MODELS: Final = 200  # behind "*" clients choose the names: what comes later is counted as OTHER
-OTHER: Final = "(other)"
+COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
+# What the page shows: by which name it is summed.  Of the input only that of answers that tell the cached part.
+SHOWN: Final = {
+    "requests": "requests",
+    "errors": "errors",
+    "input_tokens": "comparable_tokens",
+    "cached_tokens": "cached_tokens",
+    "output_tokens": "output_tokens",
+}
+LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
+NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
+MISS_MEMBERS: Final = (*NOTED, "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
+ERROR_MEMBERS: Final = (*NOTED, "id", "status", "error", "route", "provider")
 MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the key may see
+MAX_ROWS: Final = 500  # behind "*" clients choose the models: what comes later is counted as OTHER
+OTHER: Final = "(other)"
+Labels = Tuple[str, ...]
+Sums = Dict[Any, Dict[Any, float]]
 
 
 class Tally:
@@ -2270,181 +2293,179 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.counts: Dict[str, Dict[Labels, float]] = {name: {} for name in METRICS}
-        self.histograms: Dict[str, Dict[Labels, List[float]]] = {}  # a count for each bucket, above them, and the sum
-        self.minutes: Dict[int, List[int]] = {}  # Unix minute -> requests, input and cached tokens
-        self.rows: Dict[Labels, List[int]] = {}  # see ROW, for ("model", name) and ("target", provider, base URL)
-        self.sessions: Dict[Tuple[Optional[str], str], Dict[str, Any]] = {}  # (key, session), the latest last
-        self.misses: List[Dict[str, Any]] = []
-        self.errors: List[Dict[str, Any]] = []
+        self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
+        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, and a count for
+        # each bucket, "ttfb_ms 0.05"; none of what is unknown.  A request looks up one row; who asks adds up.
+        self.rows: Sums = {}
+        self.minutes: Sums = {}  # Unix minute -> what it had of requests, comparable and cached tokens
+        self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
+        self.misses: List[Record] = []
+        self.errors: List[Record] = []
         self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
 
     def count(self, name: str, labels: Labels = (), value: float = 1) -> None:
-        series = self.counts[name]
-        series[labels] = series.get(labels, 0) + value
+        add_to(self.counts[name], {labels: value})
 
-    def observe(self, name: str, labels: Labels, seconds: float) -> None:
-        buckets = self.histograms.setdefault(name, {}).setdefault(labels, [0] * (len(BUCKETS_S) + 2))
-        buckets[bisect.bisect_left(BUCKETS_S, seconds)] += 1
-        buckets[-1] += seconds
-
-    def add(self, record: Mapping[str, Any], now: float) -> None:
+    def add(self, record: Record, now: float) -> None:
         """Count a request that has ended at *now* (Unix time)."""
-        provider, status = record["provider"] or "", record["status"] or 0
-        model = self._known_model(record["model"]) if provider else ""
-        self.count("plexus_requests_total", (record["route"] or "", model, provider, f"{status // 100}xx"))
-        self.count("plexus_received_bytes_total", (), record["bytes_in"])
-        self.count("plexus_sent_bytes_total", (), record["bytes_out"])
+        route, provider, status = record["route"] or "", record["provider"] or "", record["status"] or 0
+        model, cached, reason = record["model"] or "", record["cached_tokens"], record["miss_reason"]
+        place = (route, model if provider else "", provider, record["target"] or "", f"{status // 100}xx")
+        if place not in self.rows and len(self.rows) >= MAX_ROWS:
+            place = (route, OTHER, *place[2:])
         is_error = status >= 400 or record["error"] is not None
-        if is_error and record["route"] != "/status":  # each page that opens is refused once, before it asks for a key
-            self._list(self.errors, record, now, ("id", "status", "error", "route", "model", "provider", "target"))
-        if not provider:
-            return
-        for name in USAGE_NAMES:
-            if record[name] is not None:
-                self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), record[name])
-        if record["ttfb_ms"] is not None:
-            self.observe("plexus_ttfb_seconds", (model, provider), record["ttfb_ms"] / 1000)
-        self.observe("plexus_request_duration_seconds", (model, provider), record["duration_ms"] / 1000)
-        if record["miss_reason"] is not None:
-            self.count("plexus_cache_misses_total", (model, record["miss_reason"]))
-            place = ("model", "target", "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
-            self._list(self.misses, record, now, place)
-        tokens = [0, 0] if record["cached_tokens"] is None else [record["input_tokens"] or 0, record["cached_tokens"]]
-        add_to(self.minutes, int(now) // 60 * 60, [1, *tokens])
-        if len(self.minutes) > 60:
-            del self.minutes[min(self.minutes)]
-        row = [1, int(is_error), *tokens, record["output_tokens"] or 0]
-        add_to(self.rows, ("model", model), row)
-        add_to(self.rows, ("target", provider, record["target"]), row)
-        if record["session"] is not None:
-            self._add_turn(record, now)
+        told = record["input_tokens"] or 0 if cached is not None else 0
+        row = self.rows.setdefault(place, {"requests": 0, "errors": 0, "comparable_tokens": 0})
+        row["requests"] += 1
+        row["errors"] += is_error
+        row["comparable_tokens"] += told
+        for name in COUNTED if provider else COUNTED[:2]:
+            value = record[name]
+            if value is not None:
+                row[name] = row.get(name, 0) + value
+                if name.endswith("_ms"):
+                    bucket = f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"
+                    row[bucket] = row.get(bucket, 0) + 1
+        if provider:
+            minute = self.minutes.setdefault(int(now) // 60 * 60, {"requests": 0, "told": 0, "cached": 0})
+            minute["requests"] += 1
+            minute["told"] += told
+            minute["cached"] += cached or 0
+            if len(self.minutes) > 60:
+                del self.minutes[min(self.minutes)]
+            if record["session"] is not None:
+                self._add_turn(record, now)
+        if reason is not None:
+            self.count("plexus_cache_misses_total", (place[1], reason))
+            note(self.misses, now, record, MISS_MEMBERS)
+        if is_error and route != "/status":  # each page that opens is refused once, before it asks for a key
+            note(self.errors, now, record, ERROR_MEMBERS)
 
-    def _known_model(self, model: Optional[str]) -> str:
-        known = model is None or ("model", model) in self.rows or len(self.rows) < MAX_MODELS
-        return (model or "") if known else OTHER
-
-    def _list(self, rows: List[Dict[str, Any]], record: Mapping[str, Any], now: float, names: Sequence[str]) -> None:
-        rows.append({"ts": now, **{name: record[name] for name in ("key", "session", *names)}})
-        del rows[:-LISTED]
-
-    def _add_turn(self, record: Mapping[str, Any], now: float) -> None:
-        session = (record["key"], record["session"])
-        entry = self.sessions.pop(session, None) or {"requests": 0, "turns": []}
-        entry.update({name: record[name] for name in ("session", "key", "model", "provider")}, last=now)
+    def _add_turn(self, record: Record, now: float) -> None:
+        key, session, cached = record["key"], record["session"], record["cached_tokens"]
+        entry = self.sessions.pop((key, session), None) or {"requests": 0, "turns": []}
+        entry.update(key=key, session=session, model=record["model"], provider=record["provider"], last=now)
         entry["requests"] += 1
-        if record["cached_tokens"] is not None:
-            entry["turns"].append((now, record["input_tokens"], record["cached_tokens"], record["miss_reason"]))
+        if cached is not None:
+            entry["turns"].append((now, record["input_tokens"], cached, record["miss_reason"]))
             del entry["turns"][:-LISTED]
-        self.sessions[session] = entry
+        self.sessions[key, session] = entry
         if len(self.sessions) > MAX_LISTED_SESSIONS:
             del self.sessions[next(iter(self.sessions))]
 
 
-def add_to(table: Dict[Any, List[Any]], key: Any, values: Sequence[float]) -> None:
-    """Add *values* to those of *table*, element by element."""
-    table[key] = [one + two for one, two in zip(table[key], values)] if key in table else list(values)
+def note(rows: List[Record], now: float, record: Record, names: Sequence[str]) -> None:
+    """Add these members of *record* to *rows*, of which the last LISTED stay."""
+    rows.append({"ts": now, **{name: record[name] for name in names}})
+    del rows[:-LISTED]
+
+
+def add_to(sums: Dict[Any, float], more: Mapping[Any, float]) -> None:
+    """Add the numbers in *more* to those of the same name in *sums*."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0) + value
 
 
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of what several workers counted."""
     total = Tally()
-    for tally in tallies:
-        for name, series in tally.counts.items():
-            for labels, value in series.items():
-                total.count(name, labels, value)
-        for name, histogram in tally.histograms.items():
-            for labels, buckets in histogram.items():
-                add_to(total.histograms.setdefault(name, {}), labels, buckets)
-        for minute, numbers in tally.minutes.items():
-            add_to(total.minutes, minute, numbers)
-        for key, row in tally.rows.items():
-            add_to(total.rows, key, row)
-        for place, (count, rest_s) in tally.open.items():
+    for one in tallies:
+        for ours, theirs in ((total.counts, one.counts), (total.rows, one.rows), (total.minutes, one.minutes)):
+            for key, sums in theirs.items():
+                add_to(ours.setdefault(key, {}), sums)
+        for place, (count, rest_s) in one.open.items():
             known = total.open.get(place, (0, 0.0))
             total.open[place] = (known[0] + count, max(known[1], rest_s))
-        for session, entry in tally.sessions.items():
+        for session, entry in one.sessions.items():
             other = total.sessions.get(session, {"requests": 0, "turns": [], "last": 0})
-            newest = max(entry, other, key=lambda one: one["last"])
+            newest = max(entry, other, key=lambda either: either["last"])
             turns = sorted(other["turns"] + entry["turns"], key=lambda turn: turn[0])[-LISTED:]
             total.sessions[session] = {**newest, "requests": entry["requests"] + other["requests"], "turns": turns}
-        total.misses += tally.misses
-        total.errors += tally.errors
+        total.misses += one.misses
+        total.errors += one.errors
     return total
 
 
 def render_metrics(tally: Tally) -> bytes:
     """Return *tally* as Prometheus text, version 0.0.4."""
+    series: Sums = {metric: dict(counts) for metric, counts in tally.counts.items()}
+    for (route, model, provider, _, status), sums in tally.rows.items():
+        own = {"route": route, "model": model, "provider": provider, "status": status}
+        for name, value in sums.items():
+            member, _, bound = name.partition(" ")
+            metric, other = SUMMED.get(member, ("", ""))
+            if metric:
+                labels = tuple(own.get(label, bound or other) for label in METRICS[metric][1])
+                add_to(series[metric], {labels: value})
     lines = []
-    for name, (kind, text, label_names) in METRICS.items():
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        for labels, value in tally.counts[name].items():
-            lines.append(f"{name}{render_labels(label_names, labels)} {value:.15g}")
-        for labels, buckets in tally.histograms.get(name, {}).items():
-            count = 0.0
-            for bound, number in zip((*map(str, BUCKETS_S), "+Inf"), buckets):
-                count += number
-                lines.append(f"{name}_bucket{render_labels((*label_names, 'le'), (*labels, bound))} {count:.15g}")
-            lines.append(f"{name}_sum{render_labels(label_names, labels)} {buckets[-1]:.15g}")
-            lines.append(f"{name}_count{render_labels(label_names, labels)} {count:.15g}")
-    return "\n".join([*lines, ""]).encode()
+    for metric, (kind, names, text) in METRICS.items():
+        samples = series[metric]
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
+        if kind != "histogram":
+            lines += [f"{metric}{render_labels(names, labels)} {value:.15g}" for labels, value in samples.items()]
+            continue
+        for model, provider in dict.fromkeys(labels[:2] for labels in samples):
+            own_labels, count = render_labels(names[:2], (model, provider)), 0.0
+            for bound in BOUNDS:
+                count += samples.get((model, provider, bound), 0)
+                lines.append(f"{metric}_bucket{render_labels(names, (model, provider, bound))} {count:.15g}")
+            lines.append(f"{metric}_sum{own_labels} {samples[model, provider, 'sum'] / 1000:.15g}")
+            lines.append(f"{metric}_count{own_labels} {count:.15g}")
+    return "\n".join([*lines, ""]).encode("utf-8", "xmlcharrefreplace")  # half a surrogate pair is no UTF-8
 
 
 def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
-    # Half a surrogate pair is no UTF-8.
-    texts = (value.encode("utf-8", "backslashreplace").decode() for value in values)
-    escaped = (text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for text in texts)
-    pairs = ",".join(f'{name}="{value}"' for name, value in zip(names, escaped))
+    """Return the labels of a sample, or "" if it has none."""
+    pairs = ",".join(f'{name}="{value.translate(LABEL_ESCAPES)}"' for name, value in zip(names, values))
     return f"{{{pairs}}}" if pairs else ""
 
 
-ROW: Final = ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")  # input where cached is known
-
-
-def render_status(tally: Tally, identity: Identity, config: Config, now: float) -> Dict[str, Any]:
+def render_status(tally: Tally, identity: Identity, config: Config, now: float) -> Record:
     """Return what the status page shows to *identity*: everybody's sums, and the sessions it may see.  JSON's types."""
-    sees_all = identity.name is None or identity.is_admin
 
-    def latest(rows: Iterable[Dict[str, Any]], moment: str, count: int) -> List[Dict[str, Any]]:
+    def latest(rows: Iterable[Record], moment: str, count: int) -> List[Record]:
         own = [row for row in rows if sees_all or row["key"] == identity.name]
         return sorted(own, key=lambda row: -row[moment])[:count]
 
-    models: List[Dict[str, Any]] = []
-    targets: List[Dict[str, Any]] = []
-    for (kind, *names), numbers in tally.rows.items():
-        row = dict(zip(ROW, numbers))
-        if kind == "model":
-            models.append({"model": names[0], **row})
-        else:
-            open_requests, rest_s = tally.open.get(tuple(names), (0, 0.0))
-            targets.append(
-                {"provider": names[0], "target": names[1], **row, "open": open_requests, "cooling_s": rest_s}
-            )
-    tokens: Dict[str, Dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
-    for (model, _, kind), count in tally.counts["plexus_tokens_total"].items():
-        tokens[model][kind] += count  # not the rows' tokens: also what has no cached tokens told costs money
-    costs = [cost_of(config.prices[model], kinds) for model, kinds in tokens.items() if model in config.prices]
+    def row(sums: Mapping[Any, float]) -> Record:
+        return {shown: sums.get(name, 0) for shown, name in SHOWN.items()}
+
+    sees_all = identity.name is None or identity.is_admin
+    models: Sums = {}
+    idle: Record = {"open": 0, "cooling_s": 0.0}
+    # That nothing has gone to yet, too.
+    targets: Sums = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
+    total: Dict[Any, float] = {}
+    for (_, model, provider, url, _), sums in tally.rows.items():
+        if provider:
+            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), dict(idle))):
+                add_to(each, sums)
+    priced = [(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
+    costs = [cost_of(price, sums) for price, sums in priced if "input_tokens" in sums]
     return {
         "version": __version__,
         "key": identity.name,
         "all_sessions": sees_all,
-        "in_flight": sum(open_requests for open_requests, _ in tally.open.values()),
-        "totals": {name: sum(row[name] for row in models) for name in ROW},
+        "in_flight": sum(count for count, _ in tally.open.values()),
+        "totals": row(total),
         "spent": sum(spent for spent, _ in costs) if costs else None,
         "saved": sum(saved for _, saved in costs) if costs else None,
-        "minutes": [[minute, *numbers] for minute, numbers in sorted(tally.minutes.items()) if minute > now - 3600],
-        "models": models,
-        "targets": targets,
+        "minutes": [[at, *sums.values()] for at, sums in sorted(tally.minutes.items()) if at > now - 3600],
+        "models": [{"model": model, **row(sums)} for model, sums in models.items()],
+        "targets": [
+            {"provider": provider, "target": url, **row(sums), **{name: sums[name] for name in idle}}
+            for (provider, url), sums in targets.items()
+        ],
         "sessions": latest(tally.sessions.values(), "last", 50),
         "misses": latest(tally.misses, "ts", LISTED),
         "errors": latest(tally.errors, "ts", LISTED),
     }
 
 
-def cost_of(price: Price, tokens: Mapping[str, float]) -> Tuple[float, float]:
-    """Return what *tokens*, by kind, cost, and what they would have cost more without a cache."""
-    uncached, cached = tokens["input"] - tokens["cached"], tokens["cached"]
-    spent = uncached * price.input + cached * price.cached + tokens["output"] * price.output
+def cost_of(price: Price, sums: Mapping[Any, float]) -> Tuple[float, float]:
+    """Return what the tokens in *sums* cost, and what they would have cost more without a cache."""
+    told, cached, output = (sums.get(name, 0) for name in ("input_tokens", "cached_tokens", "output_tokens"))
+    spent = (told - cached) * price.input + cached * price.cached + output * price.output
     return spent / 1e6, cached * (price.input - price.cached) / 1e6
 
 
@@ -4705,14 +4726,12 @@ class Shared:
         self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
 
     def publish(self, worker: int, tally: Tally) -> None:
-        data = marshal.dumps(vars(tally))
-        if len(data) > self.HALF_BYTES - self.HEAD.size:  # far more providers than anyone has: the last one stays
-            return
-        number = self._newest(worker)[0] + 1
+        data, number = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1
         head = (2 * worker + number % 2) * self.HALF_BYTES
         begin = head + self.HEAD.size
-        self._memory[begin : begin + len(data)] = data
-        self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
+        if len(data) <= self.HALF_BYTES - self.HEAD.size:  # else far more providers than anyone has: the last one stays
+            self._memory[begin : begin + len(data)] = data
+            self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
@@ -4722,13 +4741,12 @@ class Shared:
 
     def _newest(self, worker: int) -> Tuple[int, bytes]:
         """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
-        whole = [(0, b"")]
+        halves = []
         for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
             number, length, checksum = self.HEAD.unpack_from(self._memory, head)
             data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
-            if zlib.crc32(data) == checksum:
-                whole.append((number, data))
-        return max(whole)
+            halves.append((number, data) if zlib.crc32(data) == checksum else (0, b""))
+        return max(halves)
 
 
 class Log:
@@ -4742,9 +4760,7 @@ class Log:
         self._fd = 2 if path is None else self.open(path)
         self._is_terminal = path is None and os.isatty(2)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._has_dropped = False
-        self._reopens = False
-        self._closing = threading.Event()
+        self._has_dropped = self._reopens = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -4752,56 +4768,49 @@ class Log:
     def open(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        self._put("info", record)
+    def record(self, record: Record, level: str = "info") -> None:
+        if LEVELS.index(level) > self._level:
+            return
+        if self._lines.qsize() >= MAX_QUEUED_LINES:
+            self._has_dropped = True
+        elif self._is_terminal:
+            self._lines.put((render_line(record) + "\n").encode("utf-8", "replace"))
+        else:
+            self._lines.put(render_json(record))
 
     def event(self, level: str, message: str, **details: Any) -> None:
         stamp = new_record(time.time(), "", "")["ts"]
-        self._put(level, {"ts": stamp, "level": level, "message": message, **details})
-
-    def _put(self, level: str, value: Mapping[str, Any]) -> None:
-        if LEVELS.index(level) > self._level:
-            return
-        if self._lines.qsize() < MAX_QUEUED_LINES:
-            line = (render_line(value) + "\n").encode("utf-8", "replace") if self._is_terminal else render_json(value)
-            self._lines.put(line)
-        else:
-            self._has_dropped = True
+        self.record({"ts": stamp, "level": level, "message": message, **details}, level)
 
     def reopen(self) -> None:
         """Open the file again by its name, before the next line: it may have been rotated away."""
         self._reopens = self._path is not None
 
     def close(self) -> None:
-        self._closing.set()
-        self._lines.put(b"")
+        self._lines.put(b"")  # the last one
         self._thread.join(2)
 
     def _run(self) -> None:
-        is_last = False
-        while not is_last:
+        lines = [b"\n"]
+        while all(lines):
             lines = [self._lines.get()]
-            # Then write all that came meanwhile: a wake-up per line costs the requests.
-            is_last = self._closing.wait(LOG_PAUSE_S)
+            time.sleep(LOG_PAUSE_S)  # then write all that came meanwhile: a wake-up per line costs the requests
             lines += [self._lines.get() for _ in range(self._lines.qsize())]
             if self._reopens:
                 self._reopens = False
                 with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
                     fd, self._fd = self._fd, self.open(str(self._path))
                     os.close(fd)
-            self._write(b"".join(lines))
+            data = b"".join(lines)
+            with contextlib.suppress(OSError):  # closed, or the disk is full
+                while data:
+                    try:
+                        data = data[os.write(self._fd, data) :]
+                    except BlockingIOError:
+                        time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait: the queue is bounded
             if self._has_dropped:
                 self._has_dropped = False
                 self.event("warning", "log lines were dropped: they came faster than they could be written")
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                time.sleep(0.05)  # someone made stderr non-blocking; this thread may wait, and the queue is bounded
-            except OSError:
-                return  # closed, or the disk is full
 
 
 def say(text: str, fd: int = 1) -> None:
@@ -5004,7 +5013,6 @@ class Server(http.server.ThreadingHTTPServer):
         for provider in self.state.config.providers.values():
             for url in provider.urls():
                 place = Target(provider, url, "").place
-                add_to(tally.rows, ("target", provider.name, url), [0] * len(ROW))
                 rest_s = max((rest for name, rest in resting.items() if name.startswith(place)), default=0.0)
                 tally.open[provider.name, url] = (busy[place], round(rest_s))
             cooling[(provider.name,)] = sum(name.startswith(provider.name + " ") for name in resting)

@@ -915,7 +915,7 @@ def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
     reader = plexus_lite.UsageReader(is_events)
     for piece in pieces:
         reader.feed(piece)
-        held = len(reader._held) + (len(reader._long._held) if reader._long else 0)
+        held = sum(map(len, reader._parts)) - reader._size + (len(reader._long._held) if reader._long else 0)
         assert held <= plexus_lite.SHORT_JSON_BYTES, ("kept", held)
     reader.finish()
     return (reader.tokens, reader.error), reader.is_complete

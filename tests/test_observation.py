@@ -9,7 +9,7 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import plexus_lite
 from tests.support import make_config, message_item, response_events, response_object, sse
@@ -550,7 +550,7 @@ def record_of(**members: Any) -> Dict[str, Any]:
     return record
 
 
-def tally_of(*records: Mapping[str, Any], now: float = 6000.0) -> plexus_lite.Tally:
+def tally_of(*records: Dict[str, Any], now: float = 6000.0) -> plexus_lite.Tally:
     tally = plexus_lite.Tally()
     for place, record in enumerate(records):
         tally.add(record, now + place)
@@ -611,7 +611,7 @@ class MetricsTest(unittest.TestCase):
         tally = tally_of(*(record_of(model=f"m{number}") for number in range(1000)))
         series = self.render(tally)
         models = {dict(labels)["model"] for _, labels in series if labels and dict(labels).get("model")}
-        self.assertLessEqual(len(models), plexus_lite.MAX_MODELS + 1)
+        self.assertLessEqual(len(models), plexus_lite.MAX_ROWS + 1)
         self.assertIn(plexus_lite.OTHER, models)
         self.assertEqual(total(series, "plexus_requests_total"), 1000)
         self.assertLessEqual(len(tally.sessions), plexus_lite.MAX_LISTED_SESSIONS)

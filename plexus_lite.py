@@ -5731,7 +5731,7 @@ def page_headers(page: str) -> List[Field]:
 # ---------------------------------------------------------------------------
 
 GROUPS: Final = ("model", "provider", "target", "key")
-COUNTED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in each row
+NAMED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in each row
 SHOWN_ROWS: Final = 20  # of a table
 WORST_SESSIONS: Final = 10
 MAX_NAMES: Final = 10_000  # at one place: clients can make names up, and further ones are counted together
@@ -5771,7 +5771,7 @@ def figures_of(name: Optional[str], row: Counts) -> Counts:
     figures["hit_rate"] = round(row["hit"] / row["known"], 4) if row.get("known") else None
     figures.update((figure, row.get(figure)) for figure in (*USAGE_NAMES, "missed_tokens"))
     figures["ttfb_ms"] = {f"p{percent}": percentile(row.get("ttfb", {}), percent) for percent in (50, 90, 99)}
-    for kind in COUNTED:
+    for kind in NAMED:
         figures[kind] = dict(sorted(row.get(kind, {}).items(), key=lambda item: -item[1]))
     return figures
 
@@ -5814,7 +5814,7 @@ class Report:
             missed = 0 if reason in INEVITABLE else max(used - cached, 0)
             row.update(requests_with_usage=1, known=used, hit=cached, missed_tokens=missed)
         changed = reason == "prefix_changed" and names.get("prefix_changed_at", "input")
-        row.update((kind, {name: 1}) for kind, name in zip(COUNTED, (reason, changed, error)) if name)
+        row.update((kind, {name: 1}) for kind, name in zip(NAMED, (reason, changed, error)) if name)
         if "ttfb_ms" in numbers and not error:
             row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
         place = tuple(map(names.get, GROUPS))
@@ -5874,7 +5874,7 @@ class Report:
                 cells += [short(time, ("ms", "s")) for time in row["ttfb_ms"].values()]
                 cells += [short(sum(row["errors"].values())), "\u2588" * round(8 * (hit or 0) * bars)]
                 lines.append(LINE % (space, one_line(row["name"] or "(none)")[-space:], *cells))
-                for kind in filter(row.get, COUNTED):
+                for kind in filter(row.get, NAMED):
                     lines.append(f"  {kind}: " + ", ".join(f"{name} {count:,}" for name, count in row[kind].items()))
             if len(rows) > SHOWN_ROWS:
                 lines.append(f"and {len(rows) - SHOWN_ROWS:,} more")

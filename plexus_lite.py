@@ -155,6 +155,7 @@ SESSION_SOURCES: Final = (
 )
 # Old backends read the underscore, the current Codex backend only the hyphen.
 SESSION_SPELLINGS: Final = ("session_id", "session-id")
+LISTS: Final = ("input", "messages")  # where the items of a prompt stand: Responses, chat
 TURN_STATE: Final = "x-codex-turn-state"  # minted by one upstream, readable only there
 
 KIB: Final = 1024
@@ -1196,26 +1197,66 @@ JSON_DECODER: Final = json.JSONDecoder(
 JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 JSON_COMMA: Final = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+JSON_ARRAY: Final = re.compile(r"\[[ \t\n\r]*(\])?")
+JSON_NEXT: Final = re.compile(r"[ \t\n\r]*(?:(,)[ \t\n\r]*|\])")
+Span = Tuple[int, int]
 
 
 class JsonBody(NamedTuple):
     """A request body: its bytes, its members, and where the value of each member stands in the bytes.
 
     The strings in *members* have a character for each byte, as header values do: decoding to Unicode makes every
-    later step slower, and few members are ever looked at.  text() decodes one.
+    later step slower, and few members are ever looked at.  text() decodes one.  Of the arrays in LISTS, *members* has
+    none of the elements, and *lists* has where they stand.
     """
 
     raw: bytes
     members: Dict[str, Any]
-    spans: Dict[str, Tuple[int, int]]
+    spans: Dict[str, Span]
+    lists: Dict[str, List[Span]]
 
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
         value = self.members.get(name)
         if not isinstance(value, str) or value.isascii():
             return value if isinstance(value, str) else None
-        start, end = self.spans[name]
-        return str(json.loads(self.raw[start:end]))
+        return str(json.loads(self.part(name)))
+
+    def part(self, name: str) -> bytes:
+        """Return the value of the member *name* as it stands there; one that is not there is null."""
+        start, end = self.spans.get(name, (0, 0))
+        return self.raw[start:end] or b"null"
+
+    def items(self) -> List[bytes]:
+        """Return each element of the input, or of a chat's messages; what is no array is the only one."""
+        name = next((name for name in LISTS if name in self.spans), LISTS[0])
+        if name not in self.lists:
+            return [self.part(name)]
+        return [self.raw[start:end] for start, end in self.lists[name]]
+
+
+def scan_array(scan: Callable[[str, int], Tuple[Any, int]], text: str, position: int) -> Tuple[List[Span], int]:
+    """Return where the elements of the array at *position* stand, and where it ends.
+
+    Each is parsed and dropped at once: the thousand objects of a prompt never exist together, but take each other's
+    places in the processor's cache, and the garbage collector never sees them.
+    """
+    opening = JSON_ARRAY.match(text, position)
+    assert opening is not None
+    spans: List[Span] = []
+    more, position = not opening.group(1), opening.end()
+    while more:
+        start = position
+        _, position = scan(text, start)
+        spans.append((start, position))
+        if text.startswith(",{", position):  # as most clients write it; takes a third of the time
+            position += 1
+            continue
+        following = JSON_NEXT.match(text, position)
+        if following is None:
+            raise json.JSONDecodeError('expected "," or "]"', text, position)
+        more, position = following.group(1) is not None, following.end()
+    return spans, position
 
 
 def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
@@ -1232,7 +1273,8 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
         raise ProxyError("invalid_json", f"the body is not UTF-8: {where}") from None
     text = str(raw, "latin-1")
     members: Dict[str, Any] = {}
-    spans: Dict[str, Tuple[int, int]] = {}
+    spans: Dict[str, Span] = {}
+    lists: Dict[str, List[Span]] = {}
     scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     try:
         opening = JSON_OPEN.match(text)
@@ -1247,7 +1289,12 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
             if colon is None or not isinstance(name, str):
                 raise json.JSONDecodeError('expected a name in double quotes and ":"', text, position)
             start = colon.end()
-            value, position = scan(text, start)
+            if name in LISTS and text.startswith("[", start):
+                value: Any = []
+                lists[name], position = scan_array(scan, text, start)
+            else:
+                value, position = scan(text, start)
+                lists.pop(name, None)
             if name == "model" and name in members:
                 raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
             members[name] = value
@@ -1259,7 +1306,7 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
             more = comma.group(1) == ","
         if position != len(text):
             raise json.JSONDecodeError("expected nothing after the object", text, position)
-        return JsonBody(bytes(raw), members, spans)
+        return JsonBody(bytes(raw), members, spans, lists)
     except (json.JSONDecodeError, StopIteration) as found:  # the latter says where no value begins
         what, at = ("Expecting value", found.value) if isinstance(found, StopIteration) else (found.msg, found.pos)
         lines = raw[:at].decode("utf-8", "replace").split("\n")
@@ -1749,19 +1796,18 @@ def unix_time(date: str) -> Optional[float]:
         return None
 
 
-def fingerprint_of(members: Mapping[str, Any]) -> str:
+def fingerprint_of(body: JsonBody) -> str:
     """Return what stands for the session value in placement when there is none; it never leaves the proxy.
 
     Model, instructions and first input item stay the same from turn to turn; of a chat, the first two messages.
     """
-    items = members.get("input", members.get("messages"))
-    first = items[: 2 if "messages" in members else 1] if isinstance(items, list) else items
-    return text_digest(json.dumps([members.get("model"), members.get("instructions"), first], sort_keys=True))
+    first = body.items()[: 1 if "input" in body.spans else 2]
+    return hashlib.sha256(b"\n".join([body.part("model"), body.part("instructions"), *first])).hexdigest()
 
 
-def place_of(session: Optional[str], members: Mapping[str, Any], model: Optional[str]) -> Place:
-    """Return what places a request with the session value *session*, None if it has none."""
-    key = fingerprint_of(members) if session is None else text_digest(session)
+def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str]) -> Place:
+    """Return what places a request with the session value *session*, None if it has none; then *body* does."""
+    key = fingerprint_of(body) if session is None and body else text_digest(session or "")
     return Place(key, f"{key} {model}")
 
 
@@ -2124,26 +2170,20 @@ PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before
 DIGEST_BYTES: Final = 4
 
 
-def digest_of(value: Any) -> bytes:
-    """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of bytes is."""
-    # Version 2 of the format: later ones depend on reference counts.
-    return (hash(marshal.dumps(value, 2)) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
+def digest_of(value: Union[bytes, str]) -> bytes:
+    """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of them is."""
+    return (hash(value) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
 
 
-def prefix_of(members: Record) -> bytes:
+def prefix_of(body: JsonBody) -> bytes:
     """Return digests of what a prompt begins with, to see what changed: of PREFIX_MEMBERS and of each input item.
 
     With a previous_response_id the items before its input are not known, and none is compared.
     """
-    items = members.get("input", members.get("messages"))
-    if members.get("previous_response_id"):
-        items = []
-    values = [*map(members.get, PREFIX_MEMBERS), *(items if isinstance(items, list) else [items])]
-    try:
-        numbers = [hash(marshal.dumps(value, 2)) & 0xFFFFFFFF for value in values]
-    except ValueError:  # nested more deeply than marshal goes: none is compared
-        return b""
-    return struct.pack(f"<{len(numbers)}I", *numbers)
+    parts = [body.part(name) for name in PREFIX_MEMBERS]
+    if not body.members.get("previous_response_id"):
+        parts += body.items()
+    return struct.pack(f"<{len(parts)}I", *[hash(part) & 0xFFFFFFFF for part in parts])
 
 
 class Turn(NamedTuple):
@@ -3631,10 +3671,10 @@ class Exchange:
         body, self.json = self.json, None
         if body is None:
             return
-        if self.session.value is not None and body.members and len(body.raw) <= MAX_DIGESTED_BYTES:
-            self.prefix = prefix_of(body.members)
+        if self.session.value is not None and not self.prefix and len(body.raw) <= MAX_DIGESTED_BYTES:
+            self.prefix = prefix_of(body)
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
-            self.json = body._replace(members={})
+            self.json = body._replace(members={}, lists={})
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -4453,14 +4493,14 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
 
 def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
     """Plan for several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
-    members = exchange.json.members if exchange.json else {}
-    issued, owner = members.get("previous_response_id"), None
+    body, owner = exchange.json, None
+    issued = body and body.members.get("previous_response_id")
     if isinstance(issued, str):
         owner = fleet.owners.get(text_digest(issued), now)
     for state in exchange.headers.all(TURN_STATE):
         exchange.turn_owner = fleet.owners.get(text_digest(state), now)
-    by = exchange.place = place_of(exchange.session.value, members, exchange.model)
-    bound = exchange.json is not None and is_bound(exchange.json)
+    by = exchange.place = place_of(exchange.session.value, body, exchange.model)
+    bound = body is not None and is_bound(body)
     pin_idle_s = exchange.state.config.limits.pin_idle_s
     plan = fleet.plan(exchange.targets, by, now, pin_idle_s, owner=owner or exchange.turn_owner, bound=bound)
     if exchange.session.value is None and plan.reason == "rendezvous":

@@ -105,6 +105,7 @@ import urllib.request
 import zlib
 from typing import (
     IO,
+    AbstractSet,
     Any,
     Callable,
     Deque,
@@ -864,51 +865,55 @@ def default_note(default: Any) -> str:
 
 Field = Tuple[str, str]
 
-REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINES: Final = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-FIELD_LINE: Final = re.compile(r"([^:]+):([^\r]*)\r\n")  # of lines that the row above has let pass
+TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+HOST: Final = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?"
+REQUEST_LINE: Final = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+TARGET: Final = re.compile(rf"(?:(?i:https?)://({HOST}))?(/[^?#]*)(\?[^#]*)?")
+STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+FIELD_LINES: Final = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
-AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
+AUTHORITY: Final = re.compile(HOST)
+LENGTH: Final = re.compile(r"[0-9]{1,18}")
+CHUNKED: Final = -1  # in place of a body's length
 
 
 class Headers:
-    """Header fields in the order they came, duplicates kept, names compared without case.  Never changed."""
+    """Header fields in the order they came, duplicates kept, names compared without case.  Never changed.
 
-    __slots__ = ("_index", "fields")
+    *index* has the values of each name in lower case.
+    """
+
+    __slots__ = ("fields", "index")
 
     def __init__(self, fields: Iterable[Field]) -> None:
         self.fields: Tuple[Field, ...] = tuple(fields)
-        self._index: Dict[str, List[str]] = {}
+        self.index: Dict[str, List[str]] = {}
         for name, value in self.fields:
-            name = name.lower()
-            if name in self._index:
-                self._index[name].append(value)
-            else:
-                self._index[name] = [value]
+            self.index.setdefault(name.lower(), []).append(value)
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        values = self._index.get(name)
-        return values[0] if values else None
+        return self.all(name)[0] if name in self.index else None
 
     def all(self, name: str) -> List[str]:
-        return self._index.get(name, [])
+        return self.index.get(name, [])
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
-        return [token for value in self.all(name) for token in (t.strip().lower() for t in value.split(",")) if token]
+        tokens = ",".join(self.all(name)).lower().split(",")
+        return [token.strip() for token in tokens if token.strip()]
 
-    def hop_by_hop(self) -> FrozenSet[str]:
-        """Return the names that do not travel on: the known ones and those that Connection names (RFC 9110 7.6.1)."""
-        return HOP_BY_HOP.union(self.tokens("connection")) if "connection" in self._index else HOP_BY_HOP
+    def hop_by_hop(self, names: FrozenSet[str] = HOP_BY_HOP) -> FrozenSet[str]:
+        """Return *names* and those that Connection names: none of them travels on (RFC 9110 7.6.1)."""
+        return names.union(self.tokens("connection")) if "connection" in self.index else names
+
+    def without(self, names: AbstractSet[str]) -> List[Field]:
+        return [field for field in self.fields if field[0].lower() not in names]
 
     def end_to_end(self) -> "Headers":
         """Return the fields that travel on, order and duplicates kept."""
         dropped = self.hop_by_hop()
-        if dropped.isdisjoint(self._index):
-            return self
-        return Headers([field for field in self.fields if field[0].lower() not in dropped])
+        return self if dropped.isdisjoint(self.index) else Headers(self.without(dropped))
 
 
 class RequestHead(NamedTuple):
@@ -940,19 +945,19 @@ def find_head_end(data: bytes, limit: int) -> int:
     Raises what can be known early, so that a peer that will never send the empty line is not waited for: a TLS
     hello, a bare LF, a first line that is no HTTP.  *limit* is limits.max_header_bytes.
     """
-    end = data.find(b"\r\n\r\n")
-    head = data if end < 0 else data[: end + 4]
-    if head[:1] == b"\x16":
+    if data[:1] == b"\x16":
         raise MalformedHTTP("this is a TLS handshake on a plain HTTP port; use http:// in the base URL")
-    if len(head) > REQUEST_LINE_BYTES and b"\r\n" not in head[: REQUEST_LINE_BYTES + 2]:
+    end = data.find(b"\r\n\r\n") + 4
+    size = end if end > 3 else len(data)
+    if size > REQUEST_LINE_BYTES and data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2) < 0:
         raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
-    if len(head) > limit:
+    if size > limit:
         raise ProxyError("headers_too_large", f"the header section is larger than limits.max_header_bytes ({limit})")
-    if has_bare_line_end(head):
+    if end > 3:
+        return end
+    if has_bare_line_end(data):
         raise MalformedHTTP("a line ends in something else than CRLF")
-    if end >= 0:
-        return end + 4
-    line, complete, _ = head.partition(b"\r\n")
+    line, complete, _ = data.partition(b"\r\n")
     if complete:
         read_request_line(line)
     return -1
@@ -960,21 +965,28 @@ def find_head_end(data: bytes, limit: int) -> int:
 
 def read_request_line(line: bytes) -> Tuple[str, str, int]:
     """Return method, target and minor version (RFC 9112 3)."""
-    found = REQUEST_LINE.fullmatch(line)
+    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:
         raise MalformedHTTP("the request line is not: method SP target SP HTTP/1.1")
-    if found.group(3) != b"1":
+    method, target, major, minor = found.groups()
+    if major != "1":
         raise ProxyError("http_version_not_supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    return found.group(1).decode("ascii"), found.group(2).decode("ascii"), min(int(found.group(4)), 1)
+    return method, target, min(int(minor), 1)
 
 
 def read_fields(section: bytes) -> Headers:
     """Return the fields of a header *section*, lines with their CRLF; decoded as Latin-1, so that no byte is lost."""
     text = section.decode("latin-1")
     if not FIELD_LINES.fullmatch(text):
+        if has_bare_line_end(section):
+            raise MalformedHTTP("a line ends in something else than CRLF")
         message = 'a header line is not: name ":" value (no folding, no control characters)'
         raise MalformedHTTP(message, "invalid_header")
-    return Headers([(name, value.strip(" \t")) for name, value in FIELD_LINE.findall(text)])
+    fields = []
+    for line in text.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        fields.append((name, value.strip(" \t")))
+    return Headers(fields)
 
 
 def read_request_head(head: bytes) -> RequestHead:
@@ -985,65 +997,54 @@ def read_request_head(head: bytes) -> RequestHead:
     hosts = headers.all("host")
     if len(hosts) > 1 or (not hosts and version):
         raise MalformedHTTP("expected exactly one Host field")
-    authority = hosts[0] if hosts else None
-    if authority is not None and not AUTHORITY.fullmatch(authority):
+    if hosts and not AUTHORITY.fullmatch(hosts[0]):
         raise MalformedHTTP("the Host field is not a host name with an optional port")
-    path = target
-    if target[:4].lower() == "http" and re.match(r"(?i)https?://", target):
-        # absolute-form, and Host gives way to it (RFC 9112 3.2.2)
-        authority, slash, rest = target.split("://", 1)[1].partition("/")
-        path = slash + rest
-        if not AUTHORITY.fullmatch(authority):
-            raise MalformedHTTP("the request target has no valid host")
-    if not path.startswith("/") or "#" in path:
-        raise MalformedHTTP("the request target is not a path")
-    path, mark, query = path.partition("?")
-    return RequestHead(method, target, path, mark + query, authority, version, headers)
+    found = TARGET.fullmatch(target)
+    if not found:
+        raise MalformedHTTP("the request target is not a path, nor http:// or https:// with a host and a path")
+    authority, _, path, query = found.groups("")
+    # absolute-form: Host gives way to it (RFC 9112 3.2.2)
+    return RequestHead(method, target, path, query, authority or (hosts[0] if hosts else None), version, headers)
 
 
-def request_framing(head: RequestHead) -> Optional[int]:
-    """Return how the body's end is known: its length, 0 for no body, None for chunked (RFC 9112 6.3)."""
-    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
+def read_framing(headers: Headers, version: int) -> Optional[int]:
+    """Return how a body's end is known: its length, CHUNKED, or None if nothing says it (RFC 9112 6.3)."""
+    codings, lengths = headers.all("transfer-encoding"), headers.all("content-length")
     if codings:
         # Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
-        if lengths or head.version == 0:
+        if lengths or version == 0:
             raise MalformedHTTP("Transfer-Encoding cannot stand beside Content-Length, nor in HTTP/1.0")
         if len(codings) > 1 or codings[0].lower() != "chunked":
-            raise ProxyError("not_implemented", "the only transfer coding spoken here is chunked")
-        return None
-    return read_length(lengths) or 0
-
-
-def read_length(lengths: Sequence[str]) -> Optional[int]:
+            raise MalformedHTTP("the only transfer coding spoken here is chunked", "not_implemented")
+        return CHUNKED
     if not lengths:
         return None
-    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+    if len(lengths) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise MalformedHTTP("expected one Content-Length of decimal digits")
     return int(lengths[0])
 
 
+def request_framing(head: RequestHead) -> Optional[int]:
+    """Return the length of a request's body, 0 for no body, None for chunked."""
+    length = read_framing(head.headers, head.version)
+    return None if length == CHUNKED else length or 0
+
+
 def read_answer_head(head: bytes) -> AnswerHead:
     """Return the answer head in *head*, which ends with its empty line."""
-    if has_bare_line_end(head):
-        raise MalformedHTTP("a line of the head ends in something else than CRLF")
     line, _, section = head[:-2].partition(b"\r\n")
-    found = STATUS_LINE.fullmatch(line)
+    found = STATUS_LINE.fullmatch(line.decode("latin-1"))
     if not found:
         raise MalformedHTTP("it does not begin with an HTTP/1.1 status line")
-    reason = (found.group(3) or b"").decode("latin-1")
-    return AnswerHead(int(found.group(2)), reason, int(found.group(1)), read_fields(section))
+    version, status, reason = found.groups("")
+    return AnswerHead(int(status), reason, int(version), read_fields(section))
 
 
 def answer_body(head: AnswerHead) -> "BodyReader":
-    """Return the reader for this answer's body (RFC 9112 6.3).  No HEAD is ever sent upstream."""
-    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
-    if head.status in (204, 304):
-        return LengthBody(0)
-    if codings:
-        if lengths or head.version == 0 or len(codings) > 1 or codings[0].lower() != "chunked":
-            raise MalformedHTTP("the Transfer-Encoding is not exactly chunked")
+    """Return the reader for this answer's body.  No HEAD is ever sent upstream."""
+    length = 0 if head.status in (204, 304) else read_framing(head.headers, head.version)
+    if length == CHUNKED:
         return ChunkedBody()
-    length = read_length(lengths)
     return CloseBody() if length is None else LengthBody(length)
 
 
@@ -1076,7 +1077,7 @@ class LengthBody(BodyReader):
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        payload = data[: self.left] if len(data) > self.left else data
+        payload = data[: self.left]
         self.left -= len(payload)
         if not self.left:
             self.done = True
@@ -1094,6 +1095,14 @@ class CloseBody(BodyReader):
         return True
 
 
+# What an incomplete line of a chunked body may look like, by what is expected there.
+PARTIAL_LINES: Final = {
+    "size": re.compile(rb"[0-9A-Fa-f][^\r\n]*\r?"),
+    "end": re.compile(rb"\r"),  # of a chunk's data
+    "trailer": re.compile(rb"[^\r\n]*\r?"),
+}
+
+
 class ChunkedBody(BodyReader):
     """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
 
@@ -1103,7 +1112,7 @@ class ChunkedBody(BodyReader):
         super().__init__()
         self._held = b""  # an incomplete line
         self._left = 0  # of the current chunk
-        self._expected = "size"  # what the next line is: a chunk's "size", the "end" of its data, a "trailer"
+        self._expected = "size"  # what the next line is, a key of the table above
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
@@ -1120,48 +1129,39 @@ class ChunkedBody(BodyReader):
                 continue
             newline = data.find(b"\r\n", position, position + CHUNK_LINE_BYTES)
             if newline < 0:
-                self._hold(data[position:])
+                self._held = data[position:]
+                if len(self._held) >= CHUNK_LINE_BYTES or not PARTIAL_LINES[self._expected].fullmatch(self._held):
+                    raise MalformedHTTP("a chunk line is too long, or no chunk size, or does not end in CRLF")
                 break
-            line = data[position:newline]
-            position = newline + 2
-            if self._expected == "size":
-                size = read_chunk_size(line)
-                stop = position + size
-                if size and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
-                    if stop + 2 == end and not payload:  # and nothing else
-                        return data[position:stop]
-                    payload.append(data[position:stop])
-                    position = stop + 2
-                else:
-                    self._left, self._expected = size, "end" if size else "trailer"
-            else:
+            line, position = data[position:newline], newline + 2
+            if self._expected != "size":
                 self._read_line(line)
+                continue
+            stop = position + read_chunk_size(line)
+            if stop > position and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                if stop + 2 == end and not payload:  # and nothing else
+                    return data[position:stop]
+                payload.append(data[position:stop])
+                position = stop + 2
+            else:
+                self._left = stop - position
+                self._expected = "end" if self._left else "trailer"
         if self.done:
             self.rest = data[position:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _hold(self, part: bytes) -> None:
-        if self._expected == "end" and part != b"\r":
-            raise MalformedHTTP("a chunk is not followed by CRLF")
-        if len(part) >= CHUNK_LINE_BYTES or has_bare_line_end(part):
-            raise MalformedHTTP("a chunk line is too long or does not end in CRLF")
-        if self._expected == "size" and not re.match(rb"[0-9A-Fa-f\r]", part):
-            raise MalformedHTTP("a chunk size is not hexadecimal")
-        self._held = part
-
     def _read_line(self, line: bytes) -> None:
         """Read a line that is no chunk's size: the end of its data, or a trailer."""
-        if self._expected == "end":
-            if line:
-                raise MalformedHTTP("a chunk is not followed by CRLF")
-            self._expected = "size"
-        elif line:
+        if self._expected == "trailer":
             self._trailer_bytes += len(line)
             if self._trailer_bytes > CHUNK_LINE_BYTES:
                 raise MalformedHTTP("the trailer section is too large")
-            read_fields(line + b"\r\n")
+            read_fields(line and line + b"\r\n")
+            self.done = not line
+        elif line:
+            raise MalformedHTTP("a chunk is not followed by CRLF")
         else:
-            self.done = True
+            self._expected = "size"
 
 
 @functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
@@ -1186,10 +1186,11 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
-# Between the top-level members; what follows "}" must be the end, so its white space is taken with it.
-JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
+JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*")
+# What stands before a top-level value; a name with escapes is left to the decoder.
+JSON_NAME: Final = re.compile(r'(?:[ \t\n\r]*(,)[ \t\n\r]*)?"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-JSON_COMMA: Final = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+JSON_CLOSE: Final = re.compile(r"[ \t\n\r]*\}[ \t\n\r]*")
 
 
 class JsonBody(NamedTuple):
@@ -1206,10 +1207,10 @@ class JsonBody(NamedTuple):
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
         value = self.members.get(name)
-        if not isinstance(value, str) or value.isascii():
-            return value if isinstance(value, str) else None
+        if not isinstance(value, str):
+            return None
         start, end = self.spans[name]
-        return str(json.loads(self.raw[start:end]))
+        return value if value.isascii() else str(json.loads(self.raw[start:end]))
 
 
 def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
@@ -1229,33 +1230,28 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     spans: Dict[str, Tuple[int, int]] = {}
     scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     try:
-        opening = JSON_OPEN.match(text)
-        if opening is None:
-            JSON_DECODER.decode(text)
-            raise ProxyError("invalid_request", "the body must be a JSON object")
-        position = opening.end()
-        more = not opening.group(1)
-        while more:
-            name, position = scan(text, position)
-            colon = JSON_COLON.match(text, position)
-            if colon is None or not isinstance(name, str):
-                raise json.JSONDecodeError('expected a name in double quotes and ":"', text, position)
-            start = colon.end()
-            value, position = scan(text, start)
+        opening, comma = JSON_OPEN.match(text), None
+        position = opening.end() if opening else 0
+        found = opening and JSON_NAME.match(text, position)
+        while found and found.group(1) == comma:
+            name, start = found.group(2), found.end()
+            if name is None:
+                name, start = scan(text, start - 1)
+                colon = JSON_COLON.match(text, start)
+                if not colon:
+                    break
+                start = colon.end()
             if name == "model" and name in members:
                 raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-            members[name] = value
+            members[name], position = scan(text, start)
             spans[name] = (start, position)
-            comma = JSON_COMMA.match(text, position)
-            if comma is None:
-                raise json.JSONDecodeError('expected "," or "}"', text, position)
-            position = comma.end()
-            more = comma.group(1) == ","
-        if position != len(text):
-            raise json.JSONDecodeError("expected nothing after the object", text, position)
-        return JsonBody(bytes(raw), members, spans)
-    except (json.JSONDecodeError, StopIteration) as found:  # the latter says where no value begins
-        what, at = ("Expecting value", found.value) if isinstance(found, StopIteration) else (found.msg, found.pos)
+            found, comma = JSON_NAME.match(text, position), ","
+        if opening and JSON_CLOSE.fullmatch(text, position):
+            return JsonBody(bytes(raw), members, spans)
+        JSON_DECODER.decode(text)  # it says what is wrong, and where
+        raise ProxyError("invalid_request", "the body must be a JSON object")
+    except (json.JSONDecodeError, StopIteration) as wrong:  # the latter says where no value begins
+        what, at = ("Expecting value", wrong.value) if isinstance(wrong, StopIteration) else (wrong.msg, wrong.pos)
         lines = raw[:at].decode("utf-8", "replace").split("\n")
         problem = f"{what} at line {len(lines)} column {len(lines[-1]) + 1}"
     except RecursionError:
@@ -1291,34 +1287,32 @@ def decode_content(
     """
     if encoding in ("", "identity"):
         return raw
+    coding = load_zstd() if encoding == "zstd" else None
     if encoding in ("gzip", "x-gzip"):
-        return inflate(raw, GZIP, limit)
-    if encoding == "deflate":
-        return inflate(raw, DEFLATE if raw[:1] and raw[0] & 15 == 8 else RAW_DEFLATE, limit)
-    zstd = load_zstd() if encoding == "zstd" else None
-    return zstd and inflate(raw, zstd, limit)
+        coding = GZIP
+    elif encoding == "deflate":
+        coding = DEFLATE if raw[:1] and raw[0] & 15 == 8 else RAW_DEFLATE
+    return coding and inflate(raw, coding, limit)
 
 
 def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
     out = bytearray()
-    for _ in range(MAX_MEMBERS):
-        try:
+    try:
+        for _ in range(1 if coding.name == "deflate" else MAX_MEMBERS):
             if not coding.magic.match(raw):
                 raise coding.error("it begins like something else")
             inflater = coding.start()
             out += inflater.decompress(raw, limit + 1 - len(out))
-        except coding.error as error:
-            raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None
-        if len(out) > limit:
-            raise too_large("decoded body", limit)
-        if not inflater.eof:
-            raise ProxyError("invalid_request", f"the {coding.name} body ends too early")
-        raw = inflater.unused_data
-        if not raw:
-            return bytes(out)
-        if coding.name == "deflate":
-            break
-    raise ProxyError("invalid_request", f"bytes follow the {coding.name} body")
+            if len(out) > limit:
+                raise too_large("decoded body", limit)
+            if not inflater.eof:
+                raise coding.error("it ends too early")
+            raw = inflater.unused_data
+            if not raw:
+                return bytes(out)
+        raise coding.error("bytes follow it")
+    except coding.error as error:
+        raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------

@@ -105,7 +105,6 @@ import urllib.request
 import zlib
 from typing import (
     IO,
-    AbstractSet,
     Any,
     Callable,
     Deque,
@@ -893,27 +892,25 @@ class Headers:
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        return self.all(name)[0] if name in self.index else None
+        values = self.index.get(name)
+        return values[0] if values else None
 
     def all(self, name: str) -> List[str]:
         return self.index.get(name, [])
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
-        tokens = ",".join(self.all(name)).lower().split(",")
-        return [token.strip() for token in tokens if token.strip()]
+        return list(filter(None, map(str.strip, ",".join(self.all(name)).lower().split(","))))
 
-    def hop_by_hop(self, names: FrozenSet[str] = HOP_BY_HOP) -> FrozenSet[str]:
-        """Return *names* and those that Connection names: none of them travels on (RFC 9110 7.6.1)."""
-        return names.union(self.tokens("connection")) if "connection" in self.index else names
-
-    def without(self, names: AbstractSet[str]) -> List[Field]:
+    def without(self, names: FrozenSet[str]) -> List[Field]:
+        """Return the fields but *names* and those that Connection names (RFC 9110 7.6.1), order and duplicates kept."""
+        if "connection" in self.index:
+            names = names.union(self.tokens("connection"))
         return [field for field in self.fields if field[0].lower() not in names]
 
     def end_to_end(self) -> "Headers":
-        """Return the fields that travel on, order and duplicates kept."""
-        dropped = self.hop_by_hop()
-        return self if dropped.isdisjoint(self.index) else Headers(self.without(dropped))
+        """Return the fields that travel on."""
+        return self if HOP_BY_HOP.isdisjoint(self.index) else Headers(self.without(HOP_BY_HOP))
 
 
 class RequestHead(NamedTuple):
@@ -1186,11 +1183,11 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
-JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*")
 # What stands before a top-level value; a name with escapes is left to the decoder.
-JSON_NAME: Final = re.compile(r'(?:[ \t\n\r]*(,)[ \t\n\r]*)?"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
+JSON_NAME: Final = re.compile(r'[ \t\n\r]*([{,])[ \t\n\r]*"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-JSON_CLOSE: Final = re.compile(r"[ \t\n\r]*\}[ \t\n\r]*")
+JSON_END: Final = re.compile(r"[ \t\n\r]*\}[ \t\n\r]*")
+JSON_EMPTY: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 
 
 class JsonBody(NamedTuple):
@@ -1219,21 +1216,16 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
     digits.  The error says line and column.
     """
-    try:
-        if not raw.isascii():
-            raw.decode()
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} is {raw[error.start]:#04x}"
-        raise ProxyError("invalid_json", f"the body is not UTF-8: {where}") from None
-    text = str(raw, "latin-1")
     members: Dict[str, Any] = {}
     spans: Dict[str, Tuple[int, int]] = {}
     scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     try:
-        opening, comma = JSON_OPEN.match(text), None
-        position = opening.end() if opening else 0
-        found = opening and JSON_NAME.match(text, position)
-        while found and found.group(1) == comma:
+        if not raw.isascii():
+            raw.decode()
+        text = str(raw, "latin-1")
+        position, mark = 0, "{"
+        found = JSON_NAME.match(text)
+        while found and found.group(1) == mark:
             name, start = found.group(2), found.end()
             if name is None:
                 name, start = scan(text, start - 1)
@@ -1245,8 +1237,8 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
                 raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
             members[name], position = scan(text, start)
             spans[name] = (start, position)
-            found, comma = JSON_NAME.match(text, position), ","
-        if opening and JSON_CLOSE.fullmatch(text, position):
+            found, mark = JSON_NAME.match(text, position), ","
+        if (JSON_END if members else JSON_EMPTY).fullmatch(text, position):
             return JsonBody(bytes(raw), members, spans)
         JSON_DECODER.decode(text)  # it says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
@@ -1254,6 +1246,8 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
         what, at = ("Expecting value", wrong.value) if isinstance(wrong, StopIteration) else (wrong.msg, wrong.pos)
         lines = raw[:at].decode("utf-8", "replace").split("\n")
         problem = f"{what} at line {len(lines)} column {len(lines[-1]) + 1}"
+    except UnicodeDecodeError as error:
+        problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
@@ -1274,6 +1268,7 @@ class Coding(NamedTuple):
 GZIP: Final = Coding("gzip", lambda: zlib.decompressobj(31))
 DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(15))
 RAW_DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(-15))
+CODINGS: Final = {"gzip": GZIP, "x-gzip": GZIP, "deflate": DEFLATE}
 # A frame, or one to be skipped.  Not those of zstd before 1.0, which libraries read with code that few look after.
 ZSTD_MAGIC: Final = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
@@ -1287,11 +1282,9 @@ def decode_content(
     """
     if encoding in ("", "identity"):
         return raw
-    coding = load_zstd() if encoding == "zstd" else None
-    if encoding in ("gzip", "x-gzip"):
-        coding = GZIP
-    elif encoding == "deflate":
-        coding = DEFLATE if raw[:1] and raw[0] & 15 == 8 else RAW_DEFLATE
+    coding = load_zstd() if encoding == "zstd" else CODINGS.get(encoding)
+    if coding is DEFLATE and raw[:1] and raw[0] & 15 != 8:
+        coding = RAW_DEFLATE
     return coding and inflate(raw, coding, limit)
 
 
@@ -1320,8 +1313,6 @@ def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
 #    No I/O, no clock.
 # ---------------------------------------------------------------------------
 
-PREFIX: Final = re.compile(r"(?:/v1|/backend-api)?(?:/codex)?(?=/)")
-
 
 class Route(NamedTuple):
     """A row of the table of routes: what it is called in logs, which methods it knows, what it does with them."""
@@ -1337,42 +1328,49 @@ class Route(NamedTuple):
         return self.action in ("forward", "stored")
 
 
-ID: Final = r"(?P<id>[A-Za-z0-9_-]{1,200})"
-# pattern of the path behind the prefix, its name in logs, method to action, api
-ROUTES: Final = (
-    (re.compile(r"/responses"), "/responses", {"POST": "forward"}, "responses"),
-    (re.compile(r"/responses/compact"), "/responses/compact", {"POST": "forward"}, "responses"),
-    (re.compile(r"/responses/input_tokens"), "/responses/input_tokens", {"POST": "forward"}, "responses"),
-    (re.compile(rf"/responses/{ID}"), "/responses/{id}", {"GET": "stored", "DELETE": "stored"}, "responses"),
-    (re.compile(rf"/responses/{ID}/cancel"), "/responses/{id}/cancel", {"POST": "stored"}, "responses"),
-    (re.compile(rf"/responses/{ID}/input_items"), "/responses/{id}/input_items", {"GET": "stored"}, "responses"),
-    (re.compile(r"/chat/completions"), "/chat/completions", {"POST": "forward"}, "chat"),
-    (re.compile(r"/models"), "/models", {"GET": "models", "HEAD": "models"}, "responses"),
-    (re.compile(r"/models/(?P<id>.+)"), "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
-    (re.compile(r"/health"), "/health", {"GET": "health", "HEAD": "health"}, "responses"),
-    (re.compile(r"/metrics"), "/metrics", {"GET": "metrics", "HEAD": "metrics"}, "responses"),
-    (re.compile(r"/status"), "/status", {"GET": "status", "POST": "ticket"}, "responses"),
-    (re.compile(r"/"), "/", {"GET": "page", "HEAD": "page"}, "responses"),
+# what the path behind the prefix is called, and what each method does there
+ROUTES: Final = {
+    "/responses": {"POST": "forward"},
+    "/responses/compact": {"POST": "forward"},
+    "/responses/input_tokens": {"POST": "forward"},
+    "/responses/{id}": {"GET": "stored", "DELETE": "stored"},
+    "/responses/{id}/cancel": {"POST": "stored"},
+    "/responses/{id}/input_items": {"GET": "stored"},
+    "/chat/completions": {"POST": "forward"},
+    "/models": {"GET": "models", "HEAD": "models"},
+    "/models/{id}": {"GET": "models", "HEAD": "models"},
+    "/health": {"GET": "health", "HEAD": "health"},
+    "/metrics": {"GET": "metrics", "HEAD": "metrics"},
+    "/status": {"GET": "status", "POST": "ticket"},
+    "/": {"GET": "page", "HEAD": "page"},
+}
+PREFIX: Final = re.compile(r"^(?:/v1|/backend-api)?(?:/codex)?(?=/)")
+WITH_ID: Final = re.compile(
+    r"/(?:responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(?:/[a-z_]+)?"
 )
+ROUTING_VALUE: Final = re.compile(r"[\x21-\x7e]{1,64}")
+NOT_RETURNED: Final = HOP_BY_HOP | {"set-cookie", "content-length", "x-plexus-request-id"}
+FOR_STREAMS: Final = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))  # where absent
 
 
 def route_of(head: RequestHead) -> Route:
     """Return the route that *head* asks for; ProxyError 404, or 405 with Allow, if there is none."""
-    prefix = PREFIX.match(head.path)
-    path = head.path[prefix.end() :] if prefix else head.path
-    for pattern, name, actions, api in ROUTES:
-        found = pattern.fullmatch(path)
-        if not found:
-            continue
-        if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
-            return Route(name, path, "websocket")
-        if head.method in actions:
-            return Route(name, path, actions[head.method], api, found.groupdict().get("id", ""))
+    path = PREFIX.sub("", head.path, 1)
+    found = WITH_ID.fullmatch(path)
+    name = path[: found.start(1)] + "{id}" + path[found.end(1) :] if found else path
+    actions = ROUTES.get(name)
+    if not actions or ("{" in path and not found):  # the table's own {id} is no id
+        known = ", ".join(ROUTES)
+        message = f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}"
+        raise ProxyError("not_found", message)
+    if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
+        return Route(name, path, "websocket")
+    if head.method not in actions:
         allowed = ", ".join(actions)
         message = f"{name} knows {allowed}, not {head.method}"
         raise ProxyError("method_not_allowed", message, fields=[("Allow", allowed)])
-    known = ", ".join(name for _, name, _, _ in ROUTES)
-    raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}")
+    api = "chat" if name == "/chat/completions" else "responses"
+    return Route(name, path, actions[head.method], api, found.group(1) if found else "")
 
 
 def check_origin(head: RequestHead, config: Config) -> None:
@@ -1381,20 +1379,19 @@ def check_origin(head: RequestHead, config: Config) -> None:
     A page may post text/plain to any loopback port without asking first, and a name under its control can be made
     to point here (DNS rebinding): Origin, Sec-Fetch-Site and Host tell.  Programs send none of the first two.
     """
-    if config.keys:
-        return
-    names = {name.lower() for name in config.hosts}
 
     def is_ours(authority: str) -> bool:
         found = AUTHORITY.fullmatch(authority)
-        return found is not None and (is_loopback(found.group(1)) or found.group(1).lower() in names)
+        host = found.group(1).lower() if found else ""
+        return is_loopback(host) or (host != "" and host in map(str.lower, config.hosts))
 
+    if config.keys:
+        return
     origins = [origin.partition("://")[2] for origin in head.headers.all("origin")]
     if not all(map(is_ours, origins)) or "cross-site" in head.headers.tokens("sec-fetch-site"):
         message = "web pages of other sites may not use this proxy; configure keys to allow it"
         raise ProxyError("forbidden_origin", message)
-    guarded = is_loopback(config.host) or names
-    if guarded and head.authority is not None and not is_ours(head.authority):
+    if head.authority is not None and not is_ours(head.authority) and (config.hosts or is_loopback(config.host)):
         message = f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
         raise ProxyError("forbidden_origin", message)
 
@@ -1415,26 +1412,26 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     Authorization: Bearer KEY, Authorization: KEY or x-api-key: KEY; KEY may be followed by ":label".  Every key is
     compared in full, in constant time, so that no answer time tells how much of a guess was right.
     """
-    if not keys:
-        return Identity()
-    found: List[Tuple[str, str, Key, str]] = []
-    offered = 0
-    for field in ("authorization", "x-api-key"):
+    found: List[Tuple[str, Identity]] = []
+    problem = "no API key; send Authorization: Bearer KEY"
+    for field in ("authorization", "x-api-key") if keys else ():
         values = headers.all(field)
         if len(values) > 1:
             raise unknown_key(f"expected one {field} field, found {len(values)}")
-        for value in values:
-            offered += 1
-            scheme, _, rest = value.partition(" ")
-            token = rest.strip() if field == "authorization" and scheme.lower() == "bearer" else value
+        for token in values:
+            problem = "the API key is not known here"
+            scheme, _, rest = token.partition(" ")
+            if field == "authorization" and scheme.lower() == "bearer":
+                token = rest.strip()
+            offered = token.encode("latin-1") + b":"  # what follows a key without a label
             for name, key in keys.items():
-                label = key_label(token, key.secret)
-                if label is not None:
-                    found.append((field, name, key, label))
-    if not found:
-        raise unknown_key("the API key is not known here" if offered else "no API key; send Authorization: Bearer KEY")
-    _, name, key, label = found[0]
-    return Identity(name, label or None, frozenset(field for field, _, _, _ in found), key.models, key.admin)
+                wanted = key.secret.encode("ascii") + b":"
+                if hmac.compare_digest(offered[: len(wanted)], wanted):
+                    label = re.sub(rb"[^\x20-\x7e]", b"?", offered[len(wanted) : -1])[:64].decode("ascii")
+                    found.append((field, Identity(name, label or None, frozenset(), key.models, key.admin)))
+    if keys and not found:
+        raise unknown_key(problem)
+    return found[0][1]._replace(fields=frozenset(field for field, _ in found)) if found else Identity()
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1447,28 +1444,17 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
     found = re.fullmatch(r"[0-9a-f]{64}\.([0-9]{1,12})\.((?:[0-9a-f]{2})*)", ticket)
-    expires = int(found.group(1)) if found else 0
-    name = bytes.fromhex(found.group(2)).decode("utf-8", "replace") if found else ""
-    if not found or not hmac.compare_digest(ticket, make_ticket(secret, name, expires)):
-        raise unknown_key("the ticket is not known here; POST /status with a key gives one")
-    if expires < now or (name not in keys if keys else name):
-        raise unknown_key("the ticket has expired; POST /status with a key gives another")
-    return Identity(name, None, frozenset(), keys[name].models, keys[name].admin) if name else Identity()
+    if found:
+        expires, name = int(found.group(1)), bytes.fromhex(found.group(2)).decode("utf-8", "replace")
+        key = keys.get(name)
+        is_genuine = hmac.compare_digest(ticket, make_ticket(secret, name, expires))
+        if is_genuine and expires >= now and (key or not (keys or name)):
+            return Identity(name, None, frozenset(), key.models, key.admin) if key else Identity()
+    raise unknown_key("the ticket is not known here, or has expired; POST /status with a key gives another")
 
 
 def unknown_key(message: str) -> ProxyError:
     return ProxyError("invalid_api_key", message, fields=[("WWW-Authenticate", 'Bearer realm="plexus_lite"')])
-
-
-def key_label(token: str, secret: str) -> Optional[str]:
-    """Return the label in *token* ("" for none) if its key is *secret*, else None."""
-    offered = token.encode("latin-1")
-    wanted = secret.encode("ascii")
-    exact = hmac.compare_digest(offered, wanted)
-    labelled = hmac.compare_digest(offered[: len(wanted) + 1], wanted + b":")
-    if exact:
-        return ""
-    return re.sub(r"[^\x20-\x7e]", "?", token[len(secret) + 1 :])[:64] if labelled else None
 
 
 class Session(NamedTuple):
@@ -1492,10 +1478,15 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def header_text(text: str) -> str:
+    """Return *text* in the form of a header value: UTF-8 bytes read as Latin-1."""
+    return text.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
 def cache_key(body: Optional[JsonBody]) -> Optional[str]:
-    """Return the body's prompt_cache_key, in the form of a header value: UTF-8 bytes read as Latin-1."""
+    """Return the body's prompt_cache_key, in the form of a header value."""
     value = body and body.text("prompt_cache_key")
-    return value.encode("utf-8", "surrogatepass").decode("latin-1") if value else None
+    return header_text(value) if value else None
 
 
 def session_of(headers: Headers, key: Optional[str]) -> Session:
@@ -1510,7 +1501,7 @@ def session_of(headers: Headers, key: Optional[str]) -> Session:
 def routing_value(value: str) -> str:
     """Return *value* if any backend takes it in a header, else its SHA-256: the Codex backend refuses more than 64
     characters, stripping some would make distinct sessions collide, and CR or LF must never pass."""
-    return value if re.fullmatch(r"[\x21-\x7e]{1,64}", value) else text_digest(value)
+    return value if ROUTING_VALUE.fullmatch(value) else text_digest(value)
 
 
 def outbound_fields(
@@ -1530,31 +1521,22 @@ def outbound_fields(
     what stands for us at the provider, *key_fields* are those in which keys of our own were found.
     """
     static = {name.lower() for name, _ in provider.headers}
-    dropped = REBUILT | static
-    if provider.auth == "passthrough":
-        dropped |= key_fields
-    else:
-        dropped |= CREDENTIALS
-    dropped |= {name for name in SESSION_SPELLINGS if name not in provider.session_headers}
-    if not keep_turn_state:
-        dropped |= {TURN_STATE}
-    if not keep_encoding:
-        dropped |= {"content-encoding"}
-    fields = [field for field in headers.fields if field[0].lower() not in dropped]
-    present = static.union(name.lower() for name, _ in fields)
-
-    def add(name: str, value: Optional[str]) -> None:
+    dropped = REBUILT.union(
+        static,
+        key_fields if provider.auth == "passthrough" else CREDENTIALS,
+        [name for name in SESSION_SPELLINGS if name not in provider.session_headers],
+        () if keep_turn_state else (TURN_STATE,),
+        () if keep_encoding else ("content-encoding",),
+    )
+    fields = headers.without(dropped)
+    present = static.union(headers.index) - (dropped - static)
+    wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
+    for name, value in (*wanted, ("x-client-request-id", request_id)):
         if value and name.lower() not in present:
             fields.append((name, routing_value(value)))
             present.add(name.lower())
-
-    for name in (*provider.session_headers, *provider.affinity_headers):
-        add(name, session.value)
-    add("x-client-request-id", request_id)
-    fields += [field for field in credential if field[0].lower() not in static]
-    if "accept-encoding" not in static:
-        fields.append(("Accept-Encoding", "identity"))
-    return fields + list(provider.headers)
+    ours = (*credential, ("Accept-Encoding", "identity"))
+    return [*fields, *(field for field in ours if field[0].lower() not in static), *provider.headers]
 
 
 def is_event_stream(headers: Headers) -> bool:
@@ -1567,25 +1549,14 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     *renamed* is (client's model, upstream's model) where an alias renamed it: Codex warns of a rerouted model when
     openai-model is not what it asked for.
     """
-    dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length", "x-plexus-request-id"}
-    fields = [field for field in head.headers.fields if field[0].lower() not in dropped]
-    if renamed:
-        name = header_text(renamed[0])
-        if name is None:
-            fields = [field for field in fields if field[0].lower() != "openai-model"]
-        else:
-            fields = [(field, name if field.lower() == "openai-model" else value) for field, value in fields]
+    fields = head.headers.without(NOT_RETURNED)
+    if renamed:  # behind a wildcard any name will do: what cannot stand in a header must not
+        model = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
+        fields = [(name, model if name.lower() == "openai-model" else value) for name, value in fields]
     if is_event_stream(head.headers):
         present = {name.lower() for name, _ in fields}
-        added = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))
-        fields += [field for field in added if field[0].lower() not in present]
+        fields += [field for field in FOR_STREAMS if field[0].lower() not in present]
     return fields
-
-
-def header_text(text: str) -> Optional[str]:
-    """Return *text* as a field value, None if it has a character that cannot stand in one."""
-    value = text.encode("utf-8", "surrogatepass").decode("latin-1")
-    return value if re.fullmatch(r"[\x20-\x7e\x80-\xff]*", value) else None
 
 
 def replace_model(body: JsonBody, model: str) -> bytes:
@@ -1596,14 +1567,14 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
-    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        if secret in text:
-            text = text.replace(secret, b"*" * len(secret))
+    found = [secret for secret in secrets_sent if secret in text]
+    for secret in sorted(found, key=len, reverse=True):  # one may be the beginning of another
+        text = text.replace(secret, b"*" * len(secret))
     return text
 
 
 def render_fields(fields: Iterable[Field]) -> bytes:
-    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
+    return "\r\n".join([*map(": ".join, fields), ""]).encode("latin-1")
 
 
 def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:

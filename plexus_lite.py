@@ -885,15 +885,14 @@ class Headers:
     __slots__ = ("fields", "index")
 
     def __init__(self, fields: Iterable[Field]) -> None:
-        self.fields: Tuple[Field, ...] = tuple(fields)
+        self.fields = tuple(fields)
         self.index: Dict[str, List[str]] = {}
         for name, value in self.fields:
             self.index.setdefault(name.lower(), []).append(value)
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        values = self.index.get(name)
-        return values[0] if values else None
+        return next(iter(self.all(name)), None)
 
     def all(self, name: str) -> List[str]:
         return self.index.get(name, [])
@@ -1059,7 +1058,7 @@ class BodyReader:
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        raise NotImplementedError
+        return data
 
     def at_end(self) -> bool:
         return self.done
@@ -1085,19 +1084,24 @@ class LengthBody(BodyReader):
 class CloseBody(BodyReader):
     __slots__ = ()
 
-    def feed(self, data: bytes) -> bytes:
-        return data
-
     def at_end(self) -> bool:
         return True
 
 
 # What an incomplete line of a chunked body may look like, by what is expected there.
-PARTIAL_LINES: Final = {
+INCOMPLETE: Final = {
     "size": re.compile(rb"[0-9A-Fa-f][^\r\n]*\r?"),
     "end": re.compile(rb"\r"),  # of a chunk's data
     "trailer": re.compile(rb"[^\r\n]*\r?"),
 }
+
+
+@functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
+def read_chunk_size(line: bytes) -> int:
+    found = CHUNK_LINE.fullmatch(line)
+    if not found:
+        raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
+    return int(found.group(1), 16)
 
 
 class ChunkedBody(BodyReader):
@@ -1127,22 +1131,22 @@ class ChunkedBody(BodyReader):
             newline = data.find(b"\r\n", position, position + CHUNK_LINE_BYTES)
             if newline < 0:
                 self._held = data[position:]
-                if len(self._held) >= CHUNK_LINE_BYTES or not PARTIAL_LINES[self._expected].fullmatch(self._held):
-                    raise MalformedHTTP("a chunk line is too long, or no chunk size, or does not end in CRLF")
+                if len(self._held) >= CHUNK_LINE_BYTES or not INCOMPLETE[self._expected].fullmatch(self._held):
+                    raise MalformedHTTP(f"the {self._expected} of a chunk is malformed, or its line too long")
                 break
             line, position = data[position:newline], newline + 2
-            if self._expected != "size":
-                self._read_line(line)
-                continue
-            stop = position + read_chunk_size(line)
-            if stop > position and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
-                if stop + 2 == end and not payload:  # and nothing else
-                    return data[position:stop]
-                payload.append(data[position:stop])
-                position = stop + 2
+            if self._expected == "size":
+                stop = position + read_chunk_size(line)
+                if stop > position and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                    if stop + 2 == end and not payload:  # and nothing else
+                        return data[position:stop]
+                    payload.append(data[position:stop])
+                    position = stop + 2
+                else:
+                    self._left = stop - position
+                    self._expected = "end" if self._left else "trailer"
             else:
-                self._left = stop - position
-                self._expected = "end" if self._left else "trailer"
+                self._read_line(line)
         if self.done:
             self.rest = data[position:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
@@ -1150,23 +1154,15 @@ class ChunkedBody(BodyReader):
     def _read_line(self, line: bytes) -> None:
         """Read a line that is no chunk's size: the end of its data, or a trailer."""
         if self._expected == "trailer":
+            self.done = not line
             self._trailer_bytes += len(line)
             if self._trailer_bytes > CHUNK_LINE_BYTES:
                 raise MalformedHTTP("the trailer section is too large")
             read_fields(line and line + b"\r\n")
-            self.done = not line
         elif line:
             raise MalformedHTTP("a chunk is not followed by CRLF")
         else:
             self._expected = "size"
-
-
-@functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
-def read_chunk_size(line: bytes) -> int:
-    found = CHUNK_LINE.fullmatch(line)
-    if not found:
-        raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
-    return int(found.group(1), 16)
 
 
 def refuse_constant(name: str) -> Any:
@@ -1204,10 +1200,9 @@ class JsonBody(NamedTuple):
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
         value = self.members.get(name)
-        if not isinstance(value, str):
-            return None
-        start, end = self.spans[name]
-        return value if value.isascii() else str(json.loads(self.raw[start:end]))
+        if isinstance(value, str) and not value.isascii():
+            value = json.loads(self.raw[slice(*self.spans[name])])
+        return value if isinstance(value, str) else None
 
 
 def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
@@ -1225,27 +1220,28 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
         text = str(raw, "latin-1")
         position, mark = 0, "{"
         found = JSON_NAME.match(text)
-        while found and found.group(1) == mark:
-            name, start = found.group(2), found.end()
-            if name is None:
-                name, start = scan(text, start - 1)
-                colon = JSON_COLON.match(text, start)
-                if not colon:
-                    break
-                start = colon.end()
-            if name == "model" and name in members:
-                raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-            members[name], position = scan(text, start)
-            spans[name] = (start, position)
-            found, mark = JSON_NAME.match(text, position), ","
-        if (JSON_END if members else JSON_EMPTY).fullmatch(text, position):
-            return JsonBody(bytes(raw), members, spans)
-        JSON_DECODER.decode(text)  # it says what is wrong, and where
+        try:
+            while found and found.group(1) == mark:
+                name, start = found.group(2), found.end()
+                if name is None:
+                    name, start = scan(text, start - 1)
+                    colon = JSON_COLON.match(text, start)
+                    if not colon:
+                        break
+                    start = colon.end()
+                if name == "model" and name in members:
+                    raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
+                members[name], position = scan(text, start)
+                spans[name] = (start, position)
+                found, mark = JSON_NAME.match(text, position), ","
+            if (JSON_END if members else JSON_EMPTY).fullmatch(text, position):
+                return JsonBody(bytes(raw), members, spans)
+        except (StopIteration, json.JSONDecodeError):
+            pass
+        JSON_DECODER.decode(raw.decode())  # it says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
-    except (json.JSONDecodeError, StopIteration) as wrong:  # the latter says where no value begins
-        what, at = ("Expecting value", wrong.value) if isinstance(wrong, StopIteration) else (wrong.msg, wrong.pos)
-        lines = raw[:at].decode("utf-8", "replace").split("\n")
-        problem = f"{what} at line {len(lines)} column {len(lines[-1]) + 1}"
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at line {error.lineno} column {error.colno}"
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
     except RecursionError:
@@ -1283,12 +1279,10 @@ def decode_content(
     if encoding in ("", "identity"):
         return raw
     coding = load_zstd() if encoding == "zstd" else CODINGS.get(encoding)
+    if coding is None:
+        return None
     if coding is DEFLATE and raw[:1] and raw[0] & 15 != 8:
         coding = RAW_DEFLATE
-    return coding and inflate(raw, coding, limit)
-
-
-def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
     out = bytearray()
     try:
         for _ in range(1 if coding.name == "deflate" else MAX_MEMBERS):
@@ -1348,6 +1342,8 @@ PREFIX: Final = re.compile(r"^(?:/v1|/backend-api)?(?:/codex)?(?=/)")
 WITH_ID: Final = re.compile(
     r"/(?:responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(?:/[a-z_]+)?"
 )
+# What any backend takes.  Of other values the SHA-256 leaves: the Codex backend refuses more than 64 characters,
+# stripping some would make distinct sessions collide, and CR or LF must never pass.
 ROUTING_VALUE: Final = re.compile(r"[\x21-\x7e]{1,64}")
 NOT_RETURNED: Final = HOP_BY_HOP | {"set-cookie", "content-length", "x-plexus-request-id"}
 FOR_STREAMS: Final = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))  # where absent
@@ -1412,9 +1408,11 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     Authorization: Bearer KEY, Authorization: KEY or x-api-key: KEY; KEY may be followed by ":label".  Every key is
     compared in full, in constant time, so that no answer time tells how much of a guess was right.
     """
-    found: List[Tuple[str, Identity]] = []
+    if not keys:
+        return Identity()
+    found: List[Tuple[str, str, Key, bytes]] = []
     problem = "no API key; send Authorization: Bearer KEY"
-    for field in ("authorization", "x-api-key") if keys else ():
+    for field in ("authorization", "x-api-key"):
         values = headers.all(field)
         if len(values) > 1:
             raise unknown_key(f"expected one {field} field, found {len(values)}")
@@ -1423,15 +1421,16 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
             scheme, _, rest = token.partition(" ")
             if field == "authorization" and scheme.lower() == "bearer":
                 token = rest.strip()
-            offered = token.encode("latin-1") + b":"  # what follows a key without a label
+            offered = token.encode("latin-1") + b":"  # what a label would follow
             for name, key in keys.items():
                 wanted = key.secret.encode("ascii") + b":"
                 if hmac.compare_digest(offered[: len(wanted)], wanted):
-                    label = re.sub(rb"[^\x20-\x7e]", b"?", offered[len(wanted) : -1])[:64].decode("ascii")
-                    found.append((field, Identity(name, label or None, frozenset(), key.models, key.admin)))
-    if keys and not found:
+                    found.append((field, name, key, offered[len(wanted) : -1]))
+    if not found:
         raise unknown_key(problem)
-    return found[0][1]._replace(fields=frozenset(field for field, _ in found)) if found else Identity()
+    _, name, key, raw = found[0]
+    label = re.sub(rb"[^\x20-\x7e]", b"?", raw)[:64].decode("ascii") if raw else None
+    return Identity(name, label, frozenset(field for field, _, _, _ in found), key.models, key.admin)
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1498,12 +1497,6 @@ def session_of(headers: Headers, key: Optional[str]) -> Session:
     return Session(key, "prompt_cache_key") if key else Session()
 
 
-def routing_value(value: str) -> str:
-    """Return *value* if any backend takes it in a header, else its SHA-256: the Codex backend refuses more than 64
-    characters, stripping some would make distinct sessions collide, and CR or LF must never pass."""
-    return value if ROUTING_VALUE.fullmatch(value) else text_digest(value)
-
-
 def outbound_fields(
     headers: Headers,
     provider: Provider,
@@ -1533,7 +1526,7 @@ def outbound_fields(
     wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
     for name, value in (*wanted, ("x-client-request-id", request_id)):
         if value and name.lower() not in present:
-            fields.append((name, routing_value(value)))
+            fields.append((name, value if ROUTING_VALUE.fullmatch(value) else text_digest(value)))
             present.add(name.lower())
     ours = (*credential, ("Accept-Encoding", "identity"))
     return [*fields, *(field for field in ours if field[0].lower() not in static), *provider.headers]
@@ -1567,14 +1560,13 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
-    found = [secret for secret in secrets_sent if secret in text]
-    for secret in sorted(found, key=len, reverse=True):  # one may be the beginning of another
+    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
         text = text.replace(secret, b"*" * len(secret))
     return text
 
 
 def render_fields(fields: Iterable[Field]) -> bytes:
-    return "\r\n".join([*map(": ".join, fields), ""]).encode("latin-1")
+    return "".join([f"{name}: {value}\r\n" for name, value in fields]).encode("latin-1")
 
 
 def render_error(error: ProxyError) -> Tuple[List[Field], bytes]:

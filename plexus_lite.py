@@ -179,11 +179,7 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
-GC_THRESHOLDS: Final = (
-    20_000,
-    10,
-    10,
-)  # a request's JSON has hundreds of objects and no cycle; 700 looks at each twice
+GC_THRESHOLDS: Final = (20_000, 10, 10)  # a request's JSON has hundreds of objects, no cycle; 700 looks at each twice
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
@@ -873,43 +869,44 @@ FIELD_LINES: Final = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
 AUTHORITY: Final = re.compile(HOST)
 LENGTH: Final = re.compile(r"[0-9]{1,18}")
-CHUNKED: Final = -1  # in place of a body's length
 
 
 class Headers:
     """Header fields in the order they came, duplicates kept, names compared without case.  Never changed.
 
-    *index* has the values of each name in lower case.
+    *first* has the first value of each name in lower case.
     """
 
-    __slots__ = ("fields", "index")
+    __slots__ = ("fields", "first")
 
     def __init__(self, fields: Iterable[Field]) -> None:
         self.fields = tuple(fields)
-        self.index: Dict[str, List[str]] = {}
-        for name, value in self.fields:
-            self.index.setdefault(name.lower(), []).append(value)
+        self.first = {name.lower(): value for name, value in reversed(self.fields)}
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        return next(iter(self.all(name)), None)
+        return self.first.get(name)
 
     def all(self, name: str) -> List[str]:
-        return self.index.get(name, [])
+        if name not in self.first:
+            return []
+        if len(self.first) == len(self.fields):  # the usual case: no name stands twice
+            return [self.first[name]]
+        return [value for field, value in self.fields if field.lower() == name]
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
-        return list(filter(None, map(str.strip, ",".join(self.all(name)).lower().split(","))))
+        return [token for value in self.all(name) for token in map(str.strip, value.lower().split(",")) if token]
 
     def without(self, names: FrozenSet[str]) -> List[Field]:
         """Return the fields but *names* and those that Connection names (RFC 9110 7.6.1), order and duplicates kept."""
-        if "connection" in self.index:
+        if "connection" in self.first:
             names = names.union(self.tokens("connection"))
         return [field for field in self.fields if field[0].lower() not in names]
 
     def end_to_end(self) -> "Headers":
         """Return the fields that travel on."""
-        return self if HOP_BY_HOP.isdisjoint(self.index) else Headers(self.without(HOP_BY_HOP))
+        return self if HOP_BY_HOP.isdisjoint(self.first) else Headers(self.without(HOP_BY_HOP))
 
 
 class RequestHead(NamedTuple):
@@ -1003,27 +1000,19 @@ def read_request_head(head: bytes) -> RequestHead:
     return RequestHead(method, target, path, query, authority or (hosts[0] if hosts else None), version, headers)
 
 
-def read_framing(headers: Headers, version: int) -> Optional[int]:
-    """Return how a body's end is known: its length, CHUNKED, or None if nothing says it (RFC 9112 6.3)."""
-    codings, lengths = headers.all("transfer-encoding"), headers.all("content-length")
+def body_length(head: Union[RequestHead, AnswerHead], unsaid: int = 0) -> Optional[int]:
+    """Return the length of a message's body, None if it is chunked, *unsaid* if *head* says nothing (RFC 9112 6.3)."""
+    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
     if codings:
         # Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
-        if lengths or version == 0:
+        if lengths or head.version == 0:
             raise MalformedHTTP("Transfer-Encoding cannot stand beside Content-Length, nor in HTTP/1.0")
         if len(codings) > 1 or codings[0].lower() != "chunked":
             raise MalformedHTTP("the only transfer coding spoken here is chunked", "not_implemented")
-        return CHUNKED
-    if not lengths:
         return None
-    if len(lengths) > 1 or not LENGTH.fullmatch(lengths[0]):
+    if len(lengths) > 1 or (lengths and not LENGTH.fullmatch(lengths[0])):
         raise MalformedHTTP("expected one Content-Length of decimal digits")
-    return int(lengths[0])
-
-
-def request_framing(head: RequestHead) -> Optional[int]:
-    """Return the length of a request's body, 0 for no body, None for chunked."""
-    length = read_framing(head.headers, head.version)
-    return None if length == CHUNKED else length or 0
+    return int(lengths[0]) if lengths else unsaid
 
 
 def read_answer_head(head: bytes) -> AnswerHead:
@@ -1038,10 +1027,10 @@ def read_answer_head(head: bytes) -> AnswerHead:
 
 def answer_body(head: AnswerHead) -> "BodyReader":
     """Return the reader for this answer's body.  No HEAD is ever sent upstream."""
-    length = 0 if head.status in (204, 304) else read_framing(head.headers, head.version)
-    if length == CHUNKED:
+    length = 0 if head.status in (204, 304) else body_length(head, -1)
+    if length is None:
         return ChunkedBody()
-    return CloseBody() if length is None else LengthBody(length)
+    return CloseBody() if length < 0 else LengthBody(length)
 
 
 class BodyReader:
@@ -1073,11 +1062,9 @@ class LengthBody(BodyReader):
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        payload = data[: self.left]
+        payload, self.rest = data[: self.left], data[self.left :]
         self.left -= len(payload)
-        if not self.left:
-            self.done = True
-            self.rest = data[len(payload) :]
+        self.done = not self.left
         return payload
 
 
@@ -1119,7 +1106,7 @@ class ChunkedBody(BodyReader):
     def feed(self, data: bytes) -> bytes:
         if self._held:
             data, self._held = self._held + data, b""
-        payload: List[bytes] = []
+        payload = []
         position, end = 0, len(data)
         while position < end and not self.done:
             if self._left:
@@ -1212,7 +1199,7 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
     digits.  The error says line and column.
     """
     members: Dict[str, Any] = {}
-    spans: Dict[str, Tuple[int, int]] = {}
+    spans = {}
     scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     try:
         if not raw.isascii():
@@ -1356,17 +1343,15 @@ def route_of(head: RequestHead) -> Route:
     name = path[: found.start(1)] + "{id}" + path[found.end(1) :] if found else path
     actions = ROUTES.get(name)
     if not actions or ("{" in path and not found):  # the table's own {id} is no id
-        known = ", ".join(ROUTES)
-        message = f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}"
-        raise ProxyError("not_found", message)
+        known = f"there are, with or without /v1: {', '.join(ROUTES)}"
+        raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; {known}")
     if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
         return Route(name, path, "websocket")
     if head.method not in actions:
-        allowed = ", ".join(actions)
-        message = f"{name} knows {allowed}, not {head.method}"
-        raise ProxyError("method_not_allowed", message, fields=[("Allow", allowed)])
+        known = ", ".join(actions)
+        raise ProxyError("method_not_allowed", f"{name} knows {known}, not {head.method}", fields=[("Allow", known)])
     api = "chat" if name == "/chat/completions" else "responses"
-    return Route(name, path, actions[head.method], api, found.group(1) if found else "")
+    return Route(name, path, actions[head.method], api, found[1] if found else "")
 
 
 def check_origin(head: RequestHead, config: Config) -> None:
@@ -1378,15 +1363,13 @@ def check_origin(head: RequestHead, config: Config) -> None:
 
     def is_ours(authority: str) -> bool:
         found = AUTHORITY.fullmatch(authority)
-        host = found.group(1).lower() if found else ""
-        return is_loopback(host) or (host != "" and host in map(str.lower, config.hosts))
+        return found is not None and (is_loopback(found[1]) or found[1].lower() in map(str.lower, config.hosts))
 
     if config.keys:
         return
     origins = [origin.partition("://")[2] for origin in head.headers.all("origin")]
     if not all(map(is_ours, origins)) or "cross-site" in head.headers.tokens("sec-fetch-site"):
-        message = "web pages of other sites may not use this proxy; configure keys to allow it"
-        raise ProxyError("forbidden_origin", message)
+        raise ProxyError("forbidden_origin", "web pages of other sites may not use it; configure keys to allow that")
     if head.authority is not None and not is_ours(head.authority) and (config.hosts or is_loopback(config.host)):
         message = f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
         raise ProxyError("forbidden_origin", message)
@@ -1410,7 +1393,7 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     """
     if not keys:
         return Identity()
-    found: List[Tuple[str, str, Key, bytes]] = []
+    found, fields = None, []
     problem = "no API key; send Authorization: Bearer KEY"
     for field in ("authorization", "x-api-key"):
         values = headers.all(field)
@@ -1425,12 +1408,13 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
             for name, key in keys.items():
                 wanted = key.secret.encode("ascii") + b":"
                 if hmac.compare_digest(offered[: len(wanted)], wanted):
-                    found.append((field, name, key, offered[len(wanted) : -1]))
+                    fields.append(field)
+                    found = found or (name, offered[len(wanted) : -1], key)
     if not found:
         raise unknown_key(problem)
-    _, name, key, raw = found[0]
-    label = re.sub(rb"[^\x20-\x7e]", b"?", raw)[:64].decode("ascii") if raw else None
-    return Identity(name, label, frozenset(field for field, _, _, _ in found), key.models, key.admin)
+    name, label, key = found
+    text = re.sub(rb"[^\x20-\x7e]", b"?", label)[:64].decode("ascii") if label else None
+    return Identity(name, text, frozenset(fields), key.models, key.admin)
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1491,7 +1475,7 @@ def cache_key(body: Optional[JsonBody]) -> Optional[str]:
 def session_of(headers: Headers, key: Optional[str]) -> Session:
     """Return the session value: the first of SESSION_SOURCES that is not empty, else *key*, the prompt_cache_key."""
     for name in SESSION_SOURCES:
-        for value in headers.all(name):
+        for value in headers.all(name) if name in headers.first else ():
             if value:
                 return Session(value, name)
     return Session(key, "prompt_cache_key") if key else Session()
@@ -1522,7 +1506,7 @@ def outbound_fields(
         () if keep_encoding else ("content-encoding",),
     )
     fields = headers.without(dropped)
-    present = static.union(headers.index) - (dropped - static)
+    present = static.union(headers.first) - (dropped - static)
     wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
     for name, value in (*wanted, ("x-client-request-id", request_id)):
         if value and name.lower() not in present:
@@ -3840,7 +3824,7 @@ class ClientConnection:
 
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
-        length = request_framing(head)
+        length = body_length(head)
         exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
         self._enter(Phase.BODY, limits.body_timeout_s)

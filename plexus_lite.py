@@ -859,6 +859,7 @@ def default_note(default: Any) -> str:
 # ---------------------------------------------------------------------------
 
 Field = Tuple[str, str]
+Raw = Union[bytes, bytearray]
 
 TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HOST: Final = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?"
@@ -876,8 +877,6 @@ class Headers:
 
     *first* has the first value of each name in lower case.
     """
-
-    __slots__ = ("fields", "first")
 
     def __init__(self, fields: Iterable[Field]) -> None:
         self.fields = tuple(fields)
@@ -995,9 +994,9 @@ def read_request_head(head: bytes) -> RequestHead:
     found = TARGET.fullmatch(target)
     if not found:
         raise MalformedHTTP("the request target is not a path, nor http:// or https:// with a host and a path")
-    authority, _, path, query = found.groups("")
-    # absolute-form: Host gives way to it (RFC 9112 3.2.2)
-    return RequestHead(method, target, path, query, authority or (hosts[0] if hosts else None), version, headers)
+    host, _, path, query = found.groups("")
+    # A host in the target is the absolute-form: Host gives way to it (RFC 9112 3.2.2).
+    return RequestHead(method, target, path, query, host or headers.get("host"), version, headers)
 
 
 def body_length(head: Union[RequestHead, AnswerHead], unsaid: int = 0) -> Optional[int]:
@@ -1040,11 +1039,8 @@ class BodyReader:
     the end of the stream is the end of the body.  Malformed framing raises MalformedHTTP.
     """
 
-    __slots__ = ("done", "rest")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.rest = b""
+    done = False
+    rest = b""
 
     def feed(self, data: bytes) -> bytes:
         return data
@@ -1054,10 +1050,7 @@ class BodyReader:
 
 
 class LengthBody(BodyReader):
-    __slots__ = ("left", "length")
-
     def __init__(self, length: int) -> None:
-        super().__init__()
         self.length = self.left = length
         self.done = length == 0
 
@@ -1069,8 +1062,6 @@ class LengthBody(BodyReader):
 
 
 class CloseBody(BodyReader):
-    __slots__ = ()
-
     def at_end(self) -> bool:
         return True
 
@@ -1088,20 +1079,16 @@ def read_chunk_size(line: bytes) -> int:
     found = CHUNK_LINE.fullmatch(line)
     if not found:
         raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
-    return int(found.group(1), 16)
+    return int(found[1], 16)
 
 
 class ChunkedBody(BodyReader):
     """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
 
-    __slots__ = ("_expected", "_held", "_left", "_trailer_bytes")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._held = b""  # an incomplete line
-        self._left = 0  # of the current chunk
-        self._expected = "size"  # what the next line is, a key of the table above
-        self._trailer_bytes = 0
+    _held = b""  # an incomplete line
+    _left = 0  # of the current chunk
+    _expected = "size"  # what the next line is, a key of the table above
+    _trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
         if self._held:
@@ -1192,7 +1179,7 @@ class JsonBody(NamedTuple):
         return value if isinstance(value, str) else None
 
 
-def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
+def parse_json_body(raw: Raw) -> JsonBody:
     """Return the JSON object in *raw*, member by member, so that the span of each value is known without a second pass.
 
     Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
@@ -1208,8 +1195,8 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
         position, mark = 0, "{"
         found = JSON_NAME.match(text)
         try:
-            while found and found.group(1) == mark:
-                name, start = found.group(2), found.end()
+            while found and found[1] == mark:
+                name, start = found[2], found.end()
                 if name is None:
                     name, start = scan(text, start - 1)
                     colon = JSON_COLON.match(text, start)
@@ -1225,15 +1212,13 @@ def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
                 return JsonBody(bytes(raw), members, spans)
         except (StopIteration, json.JSONDecodeError):
             pass
-        JSON_DECODER.decode(raw.decode())  # it says what is wrong, and where
+        JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
-    except json.JSONDecodeError as error:
-        problem = f"{error.msg} at line {error.lineno} column {error.colno}"
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
     except RecursionError:
         problem = "nested too deeply"
-    except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
+    except ValueError as error:  # the decoder's own, or of NaN, Infinity, a number with thousands of digits
         problem = str(error)
     raise ProxyError("invalid_json", f"the body is not valid JSON: {problem}")
 
@@ -1256,9 +1241,7 @@ CODINGS: Final = {"gzip": GZIP, "x-gzip": GZIP, "deflate": DEFLATE}
 ZSTD_MAGIC: Final = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
 
-def decode_content(
-    raw: Union[bytes, bytearray], encoding: str, limit: int, load_zstd: Callable[[], Optional[Coding]]
-) -> Union[bytes, bytearray, None]:
+def decode_content(raw: Raw, encoding: str, limit: int, load_zstd: Callable[[], Optional[Coding]]) -> Optional[Raw]:
     """Return *raw* without its Content-Encoding, or None if this program cannot decode it.
 
     Never returns more than *limit* bytes; ProxyError if there are more, or the encoding is damaged.
@@ -1327,7 +1310,7 @@ ROUTES: Final = {
 }
 PREFIX: Final = re.compile(r"^(?:/v1|/backend-api)?(?:/codex)?(?=/)")
 WITH_ID: Final = re.compile(
-    r"/(?:responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(?:/[a-z_]+)?"
+    r"/(responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(/[a-z_]+|)"
 )
 # What any backend takes.  Of other values the SHA-256 leaves: the Codex backend refuses more than 64 characters,
 # stripping some would make distinct sessions collide, and CR or LF must never pass.
@@ -1340,7 +1323,7 @@ def route_of(head: RequestHead) -> Route:
     """Return the route that *head* asks for; ProxyError 404, or 405 with Allow, if there is none."""
     path = PREFIX.sub("", head.path, 1)
     found = WITH_ID.fullmatch(path)
-    name = path[: found.start(1)] + "{id}" + path[found.end(1) :] if found else path
+    name = f"/{found[1]}/{{id}}{found[3]}" if found else path
     actions = ROUTES.get(name)
     if not actions or ("{" in path and not found):  # the table's own {id} is no id
         known = f"there are, with or without /v1: {', '.join(ROUTES)}"
@@ -1351,7 +1334,7 @@ def route_of(head: RequestHead) -> Route:
         known = ", ".join(actions)
         raise ProxyError("method_not_allowed", f"{name} knows {known}, not {head.method}", fields=[("Allow", known)])
     api = "chat" if name == "/chat/completions" else "responses"
-    return Route(name, path, actions[head.method], api, found[1] if found else "")
+    return Route(name, path, actions[head.method], api, found[2] if found else "")
 
 
 def check_origin(head: RequestHead, config: Config) -> None:
@@ -1369,7 +1352,8 @@ def check_origin(head: RequestHead, config: Config) -> None:
         return
     origins = [origin.partition("://")[2] for origin in head.headers.all("origin")]
     if not all(map(is_ours, origins)) or "cross-site" in head.headers.tokens("sec-fetch-site"):
-        raise ProxyError("forbidden_origin", "web pages of other sites may not use it; configure keys to allow that")
+        message = "web pages of other sites may not use this proxy; configure keys to allow it"
+        raise ProxyError("forbidden_origin", message)
     if head.authority is not None and not is_ours(head.authority) and (config.hosts or is_loopback(config.host)):
         message = f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
         raise ProxyError("forbidden_origin", message)

@@ -1085,10 +1085,12 @@ def read_chunk_size(line: bytes) -> int:
 class ChunkedBody(BodyReader):
     """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
 
-    _held = b""  # an incomplete line
-    _left = 0  # of the current chunk
-    _expected = "size"  # what the next line is, a key of the table above
-    _trailer_bytes = 0
+    def __init__(self) -> None:
+        self.done = False  # here for speed: it is read for each chunk
+        self._held = b""  # an incomplete line
+        self._left = 0  # of the current chunk
+        self._expected = "size"  # what the next line is, a key of the table above
+        self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
         if self._held:

@@ -957,7 +957,7 @@ def find_head_end(data: bytes, limit: int) -> int:
 
 def read_request_line(line: bytes) -> Tuple[str, str, int]:
     """Return method, target and minor version (RFC 9112 3)."""
-    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    found = REQUEST_LINE.fullmatch(str(line, "latin-1"))
     if not found:
         raise MalformedHTTP("the request line is not: method SP target SP HTTP/1.1")
     method, target, major, minor = found.groups()
@@ -1017,7 +1017,7 @@ def body_length(head: Union[RequestHead, AnswerHead], unsaid: int = 0) -> Option
 def read_answer_head(head: bytes) -> AnswerHead:
     """Return the answer head in *head*, which ends with its empty line."""
     line, _, section = head[:-2].partition(b"\r\n")
-    found = STATUS_LINE.fullmatch(line.decode("latin-1"))
+    found = STATUS_LINE.fullmatch(str(line, "latin-1"))
     if not found:
         raise MalformedHTTP("it does not begin with an HTTP/1.1 status line")
     version, status, reason = found.groups("")

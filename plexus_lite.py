@@ -178,11 +178,7 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
-GC_THRESHOLDS: Final = (
-    20_000,
-    10,
-    10,
-)  # a request's JSON has hundreds of objects and no cycle; 700 looks at each twice
+GC_THRESHOLDS: Final = (20_000, 10, 10)  # a request's JSON has hundreds of objects, no cycle; 700 looks at each twice
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
@@ -195,6 +191,8 @@ TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
+MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
+SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
 MAX_DIGESTED_BYTES: Final = 8 * MIB  # digests need two copies of the largest item, and the GIL for a ms per MB
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
@@ -870,52 +868,53 @@ def render_reference() -> str:
 # ---------------------------------------------------------------------------
 
 Field = Tuple[str, str]
+Raw = Union[bytes, bytearray]
 
-REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINES: Final = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n)*")
-FIELD_LINE: Final = re.compile(r"([^:]+):([^\r]*)\r\n")  # of lines that the row above has let pass
+TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+HOST: Final = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?"
+REQUEST_LINE: Final = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+TARGET: Final = re.compile(rf"(?:(?i:https?)://({HOST}))?(/[^?#]*)(\?[^#]*)?")
+STATUS_LINE: Final = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+FIELD_LINES: Final = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*")
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")  # 15 digits: below 2**63
-AUTHORITY: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
+AUTHORITY: Final = re.compile(HOST)
+LENGTH: Final = re.compile(r"[0-9]{1,18}")
 
 
 class Headers:
-    """Header fields in the order they came, duplicates kept, names compared without case.  Never changed."""
+    """Header fields in the order they came, duplicates kept, names compared without case.  Never changed.
 
-    __slots__ = ("_index", "fields")
+    *first* has the first value of each name in lower case.
+    """
 
     def __init__(self, fields: Iterable[Field]) -> None:
-        self.fields: Tuple[Field, ...] = tuple(fields)
-        self._index: Dict[str, List[str]] = {}
-        for name, value in self.fields:
-            name = name.lower()
-            if name in self._index:
-                self._index[name].append(value)
-            else:
-                self._index[name] = [value]
+        self.fields = tuple(fields)
+        self.first = {name.lower(): value for name, value in reversed(self.fields)}
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        values = self._index.get(name)
-        return values[0] if values else None
+        return self.first.get(name)
 
     def all(self, name: str) -> List[str]:
-        return self._index.get(name, [])
+        if name not in self.first:
+            return []
+        if len(self.first) == len(self.fields):  # the usual case: no name stands twice
+            return [self.first[name]]
+        return [value for field, value in self.fields if field.lower() == name]
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
-        return [token for value in self.all(name) for token in (t.strip().lower() for t in value.split(",")) if token]
+        return [token for value in self.all(name) for token in map(str.strip, value.lower().split(",")) if token]
 
-    def hop_by_hop(self) -> FrozenSet[str]:
-        """Return the names that do not travel on: the known ones and those that Connection names (RFC 9110 7.6.1)."""
-        return HOP_BY_HOP.union(self.tokens("connection")) if "connection" in self._index else HOP_BY_HOP
+    def without(self, names: FrozenSet[str]) -> List[Field]:
+        """Return the fields but *names* and those that Connection names (RFC 9110 7.6.1), order and duplicates kept."""
+        if "connection" in self.first:
+            names = names.union(self.tokens("connection"))
+        return [field for field in self.fields if field[0].lower() not in names]
 
     def end_to_end(self) -> "Headers":
-        """Return the fields that travel on, order and duplicates kept."""
-        dropped = self.hop_by_hop()
-        if dropped.isdisjoint(self._index):
-            return self
-        return Headers([field for field in self.fields if field[0].lower() not in dropped])
+        """Return the fields that travel on."""
+        return self if HOP_BY_HOP.isdisjoint(self.first) else Headers(self.without(HOP_BY_HOP))
 
 
 class RequestHead(NamedTuple):
@@ -947,19 +946,19 @@ def find_head_end(data: bytes, limit: int) -> int:
     Raises what can be known early, so that a peer that will never send the empty line is not waited for: a TLS
     hello, a bare LF, a first line that is no HTTP.  *limit* is limits.max_header_bytes.
     """
-    end = data.find(b"\r\n\r\n")
-    head = data if end < 0 else data[: end + 4]
-    if head[:1] == b"\x16":
+    if data[:1] == b"\x16":
         raise MalformedHTTP("this is a TLS handshake on a plain HTTP port; use http:// in the base URL")
-    if len(head) > REQUEST_LINE_BYTES and b"\r\n" not in head[: REQUEST_LINE_BYTES + 2]:
+    end = data.find(b"\r\n\r\n") + 4
+    size = end if end > 3 else len(data)
+    if size > REQUEST_LINE_BYTES and data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2) < 0:
         raise ProxyError("uri_too_long", f"the request line is longer than {REQUEST_LINE_BYTES} bytes")
-    if len(head) > limit:
+    if size > limit:
         raise ProxyError("headers_too_large", f"the header section is larger than limits.max_header_bytes ({limit})")
-    if has_bare_line_end(head):
+    if end > 3:
+        return end
+    if has_bare_line_end(data):
         raise MalformedHTTP("a line ends in something else than CRLF")
-    if end >= 0:
-        return end + 4
-    line, complete, _ = head.partition(b"\r\n")
+    line, complete, _ = data.partition(b"\r\n")
     if complete:
         read_request_line(line)
     return -1
@@ -967,21 +966,28 @@ def find_head_end(data: bytes, limit: int) -> int:
 
 def read_request_line(line: bytes) -> Tuple[str, str, int]:
     """Return method, target and minor version (RFC 9112 3)."""
-    found = REQUEST_LINE.fullmatch(line)
+    found = REQUEST_LINE.fullmatch(str(line, "latin-1"))
     if not found:
         raise MalformedHTTP("the request line is not: method SP target SP HTTP/1.1")
-    if found.group(3) != b"1":
+    method, target, major, minor = found.groups()
+    if major != "1":
         raise ProxyError("http_version_not_supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    return found.group(1).decode("ascii"), found.group(2).decode("ascii"), min(int(found.group(4)), 1)
+    return method, target, min(int(minor), 1)
 
 
 def read_fields(section: bytes) -> Headers:
     """Return the fields of a header *section*, lines with their CRLF; decoded as Latin-1, so that no byte is lost."""
     text = section.decode("latin-1")
     if not FIELD_LINES.fullmatch(text):
+        if has_bare_line_end(section):
+            raise MalformedHTTP("a line ends in something else than CRLF")
         message = 'a header line is not: name ":" value (no folding, no control characters)'
         raise MalformedHTTP(message, "invalid_header")
-    return Headers([(name, value.strip(" \t")) for name, value in FIELD_LINE.findall(text)])
+    fields = []
+    for line in text.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        fields.append((name, value.strip(" \t")))
+    return Headers(fields)
 
 
 def read_request_head(head: bytes) -> RequestHead:
@@ -992,66 +998,47 @@ def read_request_head(head: bytes) -> RequestHead:
     hosts = headers.all("host")
     if len(hosts) > 1 or (not hosts and version):
         raise MalformedHTTP("expected exactly one Host field")
-    authority = hosts[0] if hosts else None
-    if authority is not None and not AUTHORITY.fullmatch(authority):
+    if hosts and not AUTHORITY.fullmatch(hosts[0]):
         raise MalformedHTTP("the Host field is not a host name with an optional port")
-    path = target
-    if target[:4].lower() == "http" and re.match(r"(?i)https?://", target):
-        # absolute-form, and Host gives way to it (RFC 9112 3.2.2)
-        authority, slash, rest = target.split("://", 1)[1].partition("/")
-        path = slash + rest
-        if not AUTHORITY.fullmatch(authority):
-            raise MalformedHTTP("the request target has no valid host")
-    if not path.startswith("/") or "#" in path:
-        raise MalformedHTTP("the request target is not a path")
-    path, mark, query = path.partition("?")
-    return RequestHead(method, target, path, mark + query, authority, version, headers)
+    found = TARGET.fullmatch(target)
+    if not found:
+        raise MalformedHTTP("the request target is not a path, nor http:// or https:// with a host and a path")
+    host, _, path, query = found.groups("")
+    # A host in the target is the absolute-form: Host gives way to it (RFC 9112 3.2.2).
+    return RequestHead(method, target, path, query, host or headers.get("host"), version, headers)
 
 
-def request_framing(head: RequestHead) -> Optional[int]:
-    """Return how the body's end is known: its length, 0 for no body, None for chunked (RFC 9112 6.3)."""
+def body_length(head: Union[RequestHead, AnswerHead], unsaid: int = 0) -> Optional[int]:
+    """Return the length of a message's body, None if it is chunked, *unsaid* if *head* says nothing (RFC 9112 6.3)."""
     codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
     if codings:
         # Both framings at once is how requests are smuggled; HTTP/1.0 knows no codings (RFC 9112 6.1).
         if lengths or head.version == 0:
             raise MalformedHTTP("Transfer-Encoding cannot stand beside Content-Length, nor in HTTP/1.0")
         if len(codings) > 1 or codings[0].lower() != "chunked":
-            raise ProxyError("not_implemented", "the only transfer coding spoken here is chunked")
+            raise MalformedHTTP("the only transfer coding spoken here is chunked", "not_implemented")
         return None
-    return read_length(lengths) or 0
-
-
-def read_length(lengths: Sequence[str]) -> Optional[int]:
-    if not lengths:
-        return None
-    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+    if len(lengths) > 1 or (lengths and not LENGTH.fullmatch(lengths[0])):
         raise MalformedHTTP("expected one Content-Length of decimal digits")
-    return int(lengths[0])
+    return int(lengths[0]) if lengths else unsaid
 
 
 def read_answer_head(head: bytes) -> AnswerHead:
     """Return the answer head in *head*, which ends with its empty line."""
-    if has_bare_line_end(head):
-        raise MalformedHTTP("a line of the head ends in something else than CRLF")
     line, _, section = head[:-2].partition(b"\r\n")
-    found = STATUS_LINE.fullmatch(line)
+    found = STATUS_LINE.fullmatch(str(line, "latin-1"))
     if not found:
         raise MalformedHTTP("it does not begin with an HTTP/1.1 status line")
-    reason = (found.group(3) or b"").decode("latin-1")
-    return AnswerHead(int(found.group(2)), reason, int(found.group(1)), read_fields(section))
+    version, status, reason = found.groups("")
+    return AnswerHead(int(status), reason, int(version), read_fields(section))
 
 
 def answer_body(head: AnswerHead) -> "BodyReader":
-    """Return the reader for this answer's body (RFC 9112 6.3).  No HEAD is ever sent upstream."""
-    codings, lengths = head.headers.all("transfer-encoding"), head.headers.all("content-length")
-    if head.status in (204, 304):
-        return LengthBody(0)
-    if codings:
-        if lengths or head.version == 0 or len(codings) > 1 or codings[0].lower() != "chunked":
-            raise MalformedHTTP("the Transfer-Encoding is not exactly chunked")
+    """Return the reader for this answer's body.  No HEAD is ever sent upstream."""
+    length = 0 if head.status in (204, 304) else body_length(head, -1)
+    if length is None:
         return ChunkedBody()
-    length = read_length(lengths)
-    return CloseBody() if length is None else LengthBody(length)
+    return CloseBody() if length < 0 else LengthBody(length)
 
 
 class BodyReader:
@@ -1061,62 +1048,63 @@ class BodyReader:
     the end of the stream is the end of the body.  Malformed framing raises MalformedHTTP.
     """
 
-    __slots__ = ("done", "rest")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.rest = b""
+    done = False
+    rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        raise NotImplementedError
+        return data
 
     def at_end(self) -> bool:
         return self.done
 
 
 class LengthBody(BodyReader):
-    __slots__ = ("left", "length")
-
     def __init__(self, length: int) -> None:
-        super().__init__()
         self.length = self.left = length
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        payload = data[: self.left] if len(data) > self.left else data
+        payload, self.rest = data[: self.left], data[self.left :]
         self.left -= len(payload)
-        if not self.left:
-            self.done = True
-            self.rest = data[len(payload) :]
+        self.done = not self.left
         return payload
 
 
 class CloseBody(BodyReader):
-    __slots__ = ()
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
     def at_end(self) -> bool:
         return True
+
+
+# What an incomplete line of a chunked body may look like, by what is expected there.
+INCOMPLETE: Final = {
+    "size": re.compile(rb"[0-9A-Fa-f][^\r\n]*\r?"),
+    "end": re.compile(rb"\r"),  # of a chunk's data
+    "trailer": re.compile(rb"[^\r\n]*\r?"),
+}
+
+
+@functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
+def read_chunk_size(line: bytes) -> int:
+    found = CHUNK_LINE.fullmatch(line)
+    if not found:
+        raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
+    return int(found[1], 16)
 
 
 class ChunkedBody(BodyReader):
     """RFC 9112 7.1.  Extensions and trailers are read and dropped; a line ends in CRLF and in nothing else."""
 
-    __slots__ = ("_expected", "_held", "_left", "_trailer_bytes")
-
     def __init__(self) -> None:
-        super().__init__()
+        self.done = False  # here for speed: it is read for each chunk
         self._held = b""  # an incomplete line
         self._left = 0  # of the current chunk
-        self._expected = "size"  # what the next line is: a chunk's "size", the "end" of its data, a "trailer"
+        self._expected = "size"  # what the next line is, a key of the table above
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
         if self._held:
             data, self._held = self._held + data, b""
-        payload: List[bytes] = []
+        payload = []
         position, end = 0, len(data)
         while position < end and not self.done:
             if self._left:
@@ -1127,56 +1115,39 @@ class ChunkedBody(BodyReader):
                 continue
             newline = data.find(b"\r\n", position, position + CHUNK_LINE_BYTES)
             if newline < 0:
-                self._hold(data[position:])
+                self._held = data[position:]
+                if len(self._held) >= CHUNK_LINE_BYTES or not INCOMPLETE[self._expected].fullmatch(self._held):
+                    raise MalformedHTTP(f"the {self._expected} of a chunk is malformed, or its line too long")
                 break
-            line = data[position:newline]
-            position = newline + 2
+            line, position = data[position:newline], newline + 2
             if self._expected == "size":
-                size = read_chunk_size(line)
-                stop = position + size
-                if size and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
+                stop = position + read_chunk_size(line)
+                if stop > position and data[stop : stop + 2] == b"\r\n":  # the usual case: a whole chunk
                     if stop + 2 == end and not payload:  # and nothing else
                         return data[position:stop]
                     payload.append(data[position:stop])
                     position = stop + 2
                 else:
-                    self._left, self._expected = size, "end" if size else "trailer"
+                    self._left = stop - position
+                    self._expected = "end" if self._left else "trailer"
             else:
                 self._read_line(line)
         if self.done:
             self.rest = data[position:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _hold(self, part: bytes) -> None:
-        if self._expected == "end" and part != b"\r":
-            raise MalformedHTTP("a chunk is not followed by CRLF")
-        if len(part) >= CHUNK_LINE_BYTES or has_bare_line_end(part):
-            raise MalformedHTTP("a chunk line is too long or does not end in CRLF")
-        if self._expected == "size" and not re.match(rb"[0-9A-Fa-f\r]", part):
-            raise MalformedHTTP("a chunk size is not hexadecimal")
-        self._held = part
-
     def _read_line(self, line: bytes) -> None:
         """Read a line that is no chunk's size: the end of its data, or a trailer."""
-        if self._expected == "end":
-            if line:
-                raise MalformedHTTP("a chunk is not followed by CRLF")
-            self._expected = "size"
-        elif line:
+        if self._expected == "trailer":
+            self.done = not line
             self._trailer_bytes += len(line)
             if self._trailer_bytes > CHUNK_LINE_BYTES:
                 raise MalformedHTTP("the trailer section is too large")
-            read_fields(line + b"\r\n")
+            read_fields(line and line + b"\r\n")
+        elif line:
+            raise MalformedHTTP("a chunk is not followed by CRLF")
         else:
-            self.done = True
-
-
-@functools.lru_cache(maxsize=1024)  # event streams repeat a few sizes thousands of times
-def read_chunk_size(line: bytes) -> int:
-    found = CHUNK_LINE.fullmatch(line)
-    if not found:
-        raise MalformedHTTP("a chunk size is not hexadecimal, or too large")
-    return int(found.group(1), 16)
+            self._expected = "size"
 
 
 def refuse_constant(name: str) -> Any:
@@ -1193,127 +1164,155 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
-# Between the top-level members; what follows "}" must be the end, so its white space is taken with it.
-JSON_OPEN: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
+# What stands before a top-level value; a name with escapes is left to the decoder.
+JSON_NAME: Final = re.compile(r'[ \t\n\r]*([{,])[ \t\n\r]*"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-JSON_COMMA: Final = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+JSON_END: Final = re.compile(r"[ \t\n\r]*\}[ \t\n\r]*")
+JSON_EMPTY: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 JSON_ARRAY: Final = re.compile(r"\[[ \t\n\r]*(\])?")
 JSON_NEXT: Final = re.compile(r"[ \t\n\r]*(?:(,)[ \t\n\r]*|\])")
 Span = Tuple[int, int]
+Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
+
+
+class Seen(NamedTuple):
+    """What a body that was parsed consists of.  The next turn of its session repeats most of it: all items, and more.
+
+    A text that has the length and the hash (keyed, of 64 bits) of one that was parsed is that text.
+    """
+
+    values: Mapping[
+        str, Span
+    ]  # by member: bytes and hash of its value; of an array in LISTS without its closing bracket
+    digests: bytes  # of the elements of that array
+
+
+NOTHING_SEEN: Final = Seen({}, b"")
 
 
 class JsonBody(NamedTuple):
     """A request body: its bytes, its members, and where the value of each member stands in the bytes.
 
     The strings in *members* have a character for each byte, as header values do: decoding to Unicode makes every
-    later step slower, and few members are ever looked at.  text() decodes one.  Of the arrays in LISTS, *members* has
-    none of the elements, and *lists* has where they stand.
+    later step slower, and few members are ever looked at.  text() decodes one.  A value that was seen is None there,
+    and an array in LISTS is empty: *items* has where its elements stand that were not seen.
     """
 
     raw: bytes
     members: Dict[str, Any]
     spans: Dict[str, Span]
-    lists: Dict[str, List[Span]]
+    items: Sequence[Span] = ()
+    seen: bytes = b""  # digests of the elements before them
+    seen_end: int = 0  # where the last of those ends
 
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
         value = self.members.get(name)
-        if not isinstance(value, str) or value.isascii():
-            return value if isinstance(value, str) else None
-        return str(json.loads(self.part(name)))
+        if isinstance(value, str) and not value.isascii():
+            value = json.loads(self.part(name))
+        return value if isinstance(value, str) else None
 
     def part(self, name: str) -> bytes:
         """Return the value of the member *name* as it stands there; one that is not there is null."""
         start, end = self.spans.get(name, (0, 0))
         return self.raw[start:end] or b"null"
 
-    def items(self) -> List[bytes]:
-        """Return each element of the input, or of a chat's messages; what is no array is the only one."""
-        name = next((name for name in LISTS if name in self.spans), LISTS[0])
-        if name not in self.lists:
-            return [self.part(name)]
-        return [self.raw[start:end] for start, end in self.lists[name]]
+    def prompt(self) -> str:
+        """Return the name of the member that the items of the prompt are in."""
+        return next((name for name in LISTS if name in self.spans), LISTS[0])
 
 
-def scan_array(scan: Callable[[str, int], Tuple[Any, int]], text: str, position: int) -> Tuple[List[Span], int]:
+def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[List[Span], int]:
     """Return where the elements of the array at *position* stand, and where it ends.
 
-    Each is parsed and dropped at once: the thousand objects of a prompt never exist together, but take each other's
-    places in the processor's cache, and the garbage collector never sees them.
+    With *is_inside*, *position* is the end of one of its elements, and only those behind it are returned.  Each is
+    parsed and dropped at once: the thousand objects of a prompt need not exist together.
     """
-    opening = JSON_ARRAY.match(text, position)
-    assert opening is not None
     spans: List[Span] = []
-    more, position = not opening.group(1), opening.end()
-    while more:
-        start = position
-        _, position = scan(text, start)
-        spans.append((start, position))
+    if not is_inside:
+        opening = JSON_ARRAY.match(text, position)
+        if opening is None or opening[1]:
+            return spans, opening.end() if opening else position
+        position = opening.end()
+    while True:
+        if not is_inside:
+            start = position
+            _, position = scan(text, start)
+            spans.append((start, position))
+        is_inside = False
         if text.startswith(",{", position):  # as most clients write it; takes a third of the time
             position += 1
             continue
         following = JSON_NEXT.match(text, position)
         if following is None:
-            raise json.JSONDecodeError('expected "," or "]"', text, position)
-        more, position = following.group(1) is not None, following.end()
-    return spans, position
+            raise StopIteration(position)
+        position = following.end()
+        if not following[1]:
+            return spans, position
 
 
-def parse_json_body(raw: Union[bytes, bytearray]) -> JsonBody:
+def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
+    """Return the object that *text*, *raw* as Latin-1, is; None if it is none.  May raise what a Scan raises."""
+    members: Dict[str, Any] = {}
+    spans: Dict[str, Span] = {}
+    items: Sequence[Span] = ()
+    digests, seen_end, view = b"", 0, memoryview(raw)
+    checked = [0]  # begin and end, in turn, of what is not seen
+    scan: Scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
+    position, mark = 0, "{"
+    found = JSON_NAME.match(text)
+    while found and found[1] == mark:
+        name, start = found[2], found.end()
+        if name is None:
+            name, start = scan(text, start - 1)
+            colon = JSON_COLON.match(text, start)
+            if not colon:
+                return None
+            start = colon.end()
+        if name == "model" and name in members:
+            raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
+        size, number = seen.values.get(name, (0, 0))
+        is_seen = size > 0 and hash(view[start : start + size]) == number
+        position = start + size if is_seen else start
+        if is_seen:
+            checked += start, position
+        if name in LISTS and text.startswith("[", start):
+            members[name] = []
+            digests, seen_end = (seen.digests, position) if is_seen else (b"", 0)
+            items, position = scan_array(scan, text, position, is_seen)
+        elif is_seen:
+            members[name] = None
+        else:
+            members[name], position = scan(text, start)
+        spans[name] = (start, position)
+        found, mark = JSON_NAME.match(text, position), ","
+    checked.append(len(raw))
+    unseen = b"".join([raw[begin:end] for begin, end in zip(checked[::2], checked[1::2])])
+    if not unseen.isascii():
+        unseen.decode()
+    is_whole = (JSON_END if members else JSON_EMPTY).fullmatch(text, position)
+    return JsonBody(raw, members, spans, items, digests, seen_end) if is_whole else None
+
+
+def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
     """Return the JSON object in *raw*, member by member, so that the span of each value is known without a second pass.
 
     Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
-    digits.  The error says line and column.
+    digits.  The error says line and column.  What was *seen* in the session's turn before is not parsed again.
     """
+    raw = bytes(raw)
     try:
-        if not raw.isascii():
-            raw.decode()
+        with contextlib.suppress(StopIteration, json.JSONDecodeError, UnicodeDecodeError):
+            body = scan_body(raw, raw.decode("latin-1"), seen)
+            if body:
+                return body
+        JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
+        raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:
-        where = f"byte {error.start} is {raw[error.start]:#04x}"
-        raise ProxyError("invalid_json", f"the body is not UTF-8: {where}") from None
-    text = str(raw, "latin-1")
-    members: Dict[str, Any] = {}
-    spans: Dict[str, Span] = {}
-    lists: Dict[str, List[Span]] = {}
-    scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
-    try:
-        opening = JSON_OPEN.match(text)
-        if opening is None:
-            JSON_DECODER.decode(text)
-            raise ProxyError("invalid_request", "the body must be a JSON object")
-        position = opening.end()
-        more = not opening.group(1)
-        while more:
-            name, position = scan(text, position)
-            colon = JSON_COLON.match(text, position)
-            if colon is None or not isinstance(name, str):
-                raise json.JSONDecodeError('expected a name in double quotes and ":"', text, position)
-            start = colon.end()
-            if name in LISTS and text.startswith("[", start):
-                value: Any = []
-                lists[name], position = scan_array(scan, text, start)
-            else:
-                value, position = scan(text, start)
-                lists.pop(name, None)
-            if name == "model" and name in members:
-                raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-            members[name] = value
-            spans[name] = (start, position)
-            comma = JSON_COMMA.match(text, position)
-            if comma is None:
-                raise json.JSONDecodeError('expected "," or "}"', text, position)
-            position = comma.end()
-            more = comma.group(1) == ","
-        if position != len(text):
-            raise json.JSONDecodeError("expected nothing after the object", text, position)
-        return JsonBody(bytes(raw), members, spans, lists)
-    except (json.JSONDecodeError, StopIteration) as found:  # the latter says where no value begins
-        what, at = ("Expecting value", found.value) if isinstance(found, StopIteration) else (found.msg, found.pos)
-        lines = raw[:at].decode("utf-8", "replace").split("\n")
-        problem = f"{what} at line {len(lines)} column {len(lines[-1]) + 1}"
+        problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
     except RecursionError:
         problem = "nested too deeply"
-    except ValueError as error:  # NaN, Infinity, or a number with thousands of digits
+    except ValueError as error:  # the decoder's own, or of NaN, Infinity, a number with thousands of digits
         problem = str(error)
     raise ProxyError("invalid_json", f"the body is not valid JSON: {problem}")
 
@@ -1331,55 +1330,46 @@ class Coding(NamedTuple):
 GZIP: Final = Coding("gzip", lambda: zlib.decompressobj(31))
 DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(15))
 RAW_DEFLATE: Final = Coding("deflate", lambda: zlib.decompressobj(-15))
+CODINGS: Final = {"gzip": GZIP, "x-gzip": GZIP, "deflate": DEFLATE}
 # A frame, or one to be skipped.  Not those of zstd before 1.0, which libraries read with code that few look after.
 ZSTD_MAGIC: Final = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
 
-def decode_content(
-    raw: Union[bytes, bytearray], encoding: str, limit: int, load_zstd: Callable[[], Optional[Coding]]
-) -> Union[bytes, bytearray, None]:
+def decode_content(raw: Raw, encoding: str, limit: int, load_zstd: Callable[[], Optional[Coding]]) -> Optional[Raw]:
     """Return *raw* without its Content-Encoding, or None if this program cannot decode it.
 
     Never returns more than *limit* bytes; ProxyError if there are more, or the encoding is damaged.
     """
     if encoding in ("", "identity"):
         return raw
-    if encoding in ("gzip", "x-gzip"):
-        return inflate(raw, GZIP, limit)
-    if encoding == "deflate":
-        return inflate(raw, DEFLATE if raw[:1] and raw[0] & 15 == 8 else RAW_DEFLATE, limit)
-    zstd = load_zstd() if encoding == "zstd" else None
-    return zstd and inflate(raw, zstd, limit)
-
-
-def inflate(raw: Union[bytes, bytearray], coding: Coding, limit: int) -> bytes:
+    coding = load_zstd() if encoding == "zstd" else CODINGS.get(encoding)
+    if coding is None:
+        return None
+    if coding is DEFLATE and raw[:1] and raw[0] & 15 != 8:
+        coding = RAW_DEFLATE
     out = bytearray()
-    for _ in range(MAX_MEMBERS):
-        try:
+    try:
+        for _ in range(1 if coding.name == "deflate" else MAX_MEMBERS):
             if not coding.magic.match(raw):
                 raise coding.error("it begins like something else")
             inflater = coding.start()
             out += inflater.decompress(raw, limit + 1 - len(out))
-        except coding.error as error:
-            raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None
-        if len(out) > limit:
-            raise too_large("decoded body", limit)
-        if not inflater.eof:
-            raise ProxyError("invalid_request", f"the {coding.name} body ends too early")
-        raw = inflater.unused_data
-        if not raw:
-            return bytes(out)
-        if coding.name == "deflate":
-            break
-    raise ProxyError("invalid_request", f"bytes follow the {coding.name} body")
+            if len(out) > limit:
+                raise too_large("decoded body", limit)
+            if not inflater.eof:
+                raise coding.error("it ends too early")
+            raw = inflater.unused_data
+            if not raw:
+                return bytes(out)
+        raise coding.error("bytes follow it")
+    except coding.error as error:
+        raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------
 # 5  Policy -- route_of, check_origin, find_key, session_of, outbound_fields, answer_fields, replace_model, mask.
 #    No I/O, no clock.
 # ---------------------------------------------------------------------------
-
-PREFIX: Final = re.compile(r"(?:/v1|/backend-api)?(?:/codex)?(?=/)")
 
 
 class Route(NamedTuple):
@@ -1396,42 +1386,49 @@ class Route(NamedTuple):
         return self.action in ("forward", "stored")
 
 
-ID: Final = r"(?P<id>[A-Za-z0-9_-]{1,200})"
-# pattern of the path behind the prefix, its name in logs, method to action, api
-ROUTES: Final = (
-    (re.compile(r"/responses"), "/responses", {"POST": "forward"}, "responses"),
-    (re.compile(r"/responses/compact"), "/responses/compact", {"POST": "forward"}, "responses"),
-    (re.compile(r"/responses/input_tokens"), "/responses/input_tokens", {"POST": "forward"}, "responses"),
-    (re.compile(rf"/responses/{ID}"), "/responses/{id}", {"GET": "stored", "DELETE": "stored"}, "responses"),
-    (re.compile(rf"/responses/{ID}/cancel"), "/responses/{id}/cancel", {"POST": "stored"}, "responses"),
-    (re.compile(rf"/responses/{ID}/input_items"), "/responses/{id}/input_items", {"GET": "stored"}, "responses"),
-    (re.compile(r"/chat/completions"), "/chat/completions", {"POST": "forward"}, "chat"),
-    (re.compile(r"/models"), "/models", {"GET": "models", "HEAD": "models"}, "responses"),
-    (re.compile(r"/models/(?P<id>.+)"), "/models/{id}", {"GET": "models", "HEAD": "models"}, "responses"),
-    (re.compile(r"/health"), "/health", {"GET": "health", "HEAD": "health"}, "responses"),
-    (re.compile(r"/metrics"), "/metrics", {"GET": "metrics", "HEAD": "metrics"}, "responses"),
-    (re.compile(r"/status"), "/status", {"GET": "status", "POST": "ticket"}, "responses"),
-    (re.compile(r"/"), "/", {"GET": "page", "HEAD": "page"}, "responses"),
+# what the path behind the prefix is called, and what each method does there
+ROUTES: Final = {
+    "/responses": {"POST": "forward"},
+    "/responses/compact": {"POST": "forward"},
+    "/responses/input_tokens": {"POST": "forward"},
+    "/responses/{id}": {"GET": "stored", "DELETE": "stored"},
+    "/responses/{id}/cancel": {"POST": "stored"},
+    "/responses/{id}/input_items": {"GET": "stored"},
+    "/chat/completions": {"POST": "forward"},
+    "/models": {"GET": "models", "HEAD": "models"},
+    "/models/{id}": {"GET": "models", "HEAD": "models"},
+    "/health": {"GET": "health", "HEAD": "health"},
+    "/metrics": {"GET": "metrics", "HEAD": "metrics"},
+    "/status": {"GET": "status", "POST": "ticket"},
+    "/": {"GET": "page", "HEAD": "page"},
+}
+PREFIX: Final = re.compile(r"^(?:/v1|/backend-api)?(?:/codex)?(?=/)")
+WITH_ID: Final = re.compile(
+    r"/(responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(/[a-z_]+|)"
 )
+# What any backend takes.  Of other values the SHA-256 leaves: the Codex backend refuses more than 64 characters,
+# stripping some would make distinct sessions collide, and CR or LF must never pass.
+ROUTING_VALUE: Final = re.compile(r"[\x21-\x7e]{1,64}")
+NOT_RETURNED: Final = HOP_BY_HOP | {"set-cookie", "content-length", "x-plexus-request-id"}
+FOR_STREAMS: Final = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))  # where absent
 
 
 def route_of(head: RequestHead) -> Route:
     """Return the route that *head* asks for; ProxyError 404, or 405 with Allow, if there is none."""
-    prefix = PREFIX.match(head.path)
-    path = head.path[prefix.end() :] if prefix else head.path
-    for pattern, name, actions, api in ROUTES:
-        found = pattern.fullmatch(path)
-        if not found:
-            continue
-        if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
-            return Route(name, path, "websocket")
-        if head.method in actions:
-            return Route(name, path, actions[head.method], api, found.groupdict().get("id", ""))
-        allowed = ", ".join(actions)
-        message = f"{name} knows {allowed}, not {head.method}"
-        raise ProxyError("method_not_allowed", message, fields=[("Allow", allowed)])
-    known = ", ".join(name for _, name, _, _ in ROUTES)
-    raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; there are, with or without /v1: {known}")
+    path = PREFIX.sub("", head.path, 1)
+    found = WITH_ID.fullmatch(path)
+    name = f"/{found[1]}/{{id}}{found[3]}" if found else path
+    actions = ROUTES.get(name)
+    if not actions or ("{" in path and not found):  # the table's own {id} is no id
+        known = f"there are, with or without /v1: {', '.join(ROUTES)}"
+        raise ProxyError("not_found", f"nothing is served at {head.path[:200]}; {known}")
+    if head.method == "GET" and name.startswith("/responses") and "websocket" in head.headers.tokens("upgrade"):
+        return Route(name, path, "websocket")
+    if head.method not in actions:
+        known = ", ".join(actions)
+        raise ProxyError("method_not_allowed", f"{name} knows {known}, not {head.method}", fields=[("Allow", known)])
+    api = "chat" if name == "/chat/completions" else "responses"
+    return Route(name, path, actions[head.method], api, found[2] if found else "")
 
 
 def check_origin(head: RequestHead, config: Config) -> None:
@@ -1440,20 +1437,18 @@ def check_origin(head: RequestHead, config: Config) -> None:
     A page may post text/plain to any loopback port without asking first, and a name under its control can be made
     to point here (DNS rebinding): Origin, Sec-Fetch-Site and Host tell.  Programs send none of the first two.
     """
-    if config.keys:
-        return
-    names = {name.lower() for name in config.hosts}
 
     def is_ours(authority: str) -> bool:
         found = AUTHORITY.fullmatch(authority)
-        return found is not None and (is_loopback(found.group(1)) or found.group(1).lower() in names)
+        return found is not None and (is_loopback(found[1]) or found[1].lower() in map(str.lower, config.hosts))
 
+    if config.keys:
+        return
     origins = [origin.partition("://")[2] for origin in head.headers.all("origin")]
     if not all(map(is_ours, origins)) or "cross-site" in head.headers.tokens("sec-fetch-site"):
         message = "web pages of other sites may not use this proxy; configure keys to allow it"
         raise ProxyError("forbidden_origin", message)
-    guarded = is_loopback(config.host) or names
-    if guarded and head.authority is not None and not is_ours(head.authority):
+    if head.authority is not None and not is_ours(head.authority) and (config.hosts or is_loopback(config.host)):
         message = f"the Host {head.authority[:100]} is not loopback; add it to hosts, or configure keys"
         raise ProxyError("forbidden_origin", message)
 
@@ -1476,24 +1471,28 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     """
     if not keys:
         return Identity()
-    found: List[Tuple[str, str, Key, str]] = []
-    offered = 0
+    found, fields = None, []
+    problem = "no API key; send Authorization: Bearer KEY"
     for field in ("authorization", "x-api-key"):
         values = headers.all(field)
         if len(values) > 1:
             raise unknown_key(f"expected one {field} field, found {len(values)}")
-        for value in values:
-            offered += 1
-            scheme, _, rest = value.partition(" ")
-            token = rest.strip() if field == "authorization" and scheme.lower() == "bearer" else value
+        for token in values:
+            problem = "the API key is not known here"
+            scheme, _, rest = token.partition(" ")
+            if field == "authorization" and scheme.lower() == "bearer":
+                token = rest.strip()
+            offered = token.encode("latin-1") + b":"  # what a label would follow
             for name, key in keys.items():
-                label = key_label(token, key.secret)
-                if label is not None:
-                    found.append((field, name, key, label))
+                wanted = key.secret.encode("ascii") + b":"
+                if hmac.compare_digest(offered[: len(wanted)], wanted):
+                    fields.append(field)
+                    found = found or (name, offered[len(wanted) : -1], key)
     if not found:
-        raise unknown_key("the API key is not known here" if offered else "no API key; send Authorization: Bearer KEY")
-    _, name, key, label = found[0]
-    return Identity(name, label or None, frozenset(field for field, _, _, _ in found), key.models, key.admin)
+        raise unknown_key(problem)
+    name, label, key = found
+    text = re.sub(rb"[^\x20-\x7e]", b"?", label)[:64].decode("ascii") if label else None
+    return Identity(name, text, frozenset(fields), key.models, key.admin)
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1506,28 +1505,17 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
     found = re.fullmatch(r"[0-9a-f]{64}\.([0-9]{1,12})\.((?:[0-9a-f]{2})*)", ticket)
-    expires = int(found.group(1)) if found else 0
-    name = bytes.fromhex(found.group(2)).decode("utf-8", "replace") if found else ""
-    if not found or not hmac.compare_digest(ticket, make_ticket(secret, name, expires)):
-        raise unknown_key("the ticket is not known here; POST /status with a key gives one")
-    if expires < now or (name not in keys if keys else name):
-        raise unknown_key("the ticket has expired; POST /status with a key gives another")
-    return Identity(name, None, frozenset(), keys[name].models, keys[name].admin) if name else Identity()
+    if found:
+        expires, name = int(found.group(1)), bytes.fromhex(found.group(2)).decode("utf-8", "replace")
+        key = keys.get(name)
+        is_genuine = hmac.compare_digest(ticket, make_ticket(secret, name, expires))
+        if is_genuine and expires >= now and (key or not (keys or name)):
+            return Identity(name, None, frozenset(), key.models, key.admin) if key else Identity()
+    raise unknown_key("the ticket is not known here, or has expired; POST /status with a key gives another")
 
 
 def unknown_key(message: str) -> ProxyError:
     return ProxyError("invalid_api_key", message, fields=[("WWW-Authenticate", 'Bearer realm="plexus_lite"')])
-
-
-def key_label(token: str, secret: str) -> Optional[str]:
-    """Return the label in *token* ("" for none) if its key is *secret*, else None."""
-    offered = token.encode("latin-1")
-    wanted = secret.encode("ascii")
-    exact = hmac.compare_digest(offered, wanted)
-    labelled = hmac.compare_digest(offered[: len(wanted) + 1], wanted + b":")
-    if exact:
-        return ""
-    return re.sub(r"[^\x20-\x7e]", "?", token[len(secret) + 1 :])[:64] if labelled else None
 
 
 class Session(NamedTuple):
@@ -1551,25 +1539,24 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def header_text(text: str) -> str:
+    """Return *text* in the form of a header value: UTF-8 bytes read as Latin-1."""
+    return text.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
 def cache_key(body: Optional[JsonBody]) -> Optional[str]:
-    """Return the body's prompt_cache_key, in the form of a header value: UTF-8 bytes read as Latin-1."""
+    """Return the body's prompt_cache_key, in the form of a header value."""
     value = body and body.text("prompt_cache_key")
-    return value.encode("utf-8", "surrogatepass").decode("latin-1") if value else None
+    return header_text(value) if value else None
 
 
 def session_of(headers: Headers, key: Optional[str]) -> Session:
     """Return the session value: the first of SESSION_SOURCES that is not empty, else *key*, the prompt_cache_key."""
     for name in SESSION_SOURCES:
-        for value in headers.all(name):
+        for value in headers.all(name) if name in headers.first else ():
             if value:
                 return Session(value, name)
     return Session(key, "prompt_cache_key") if key else Session()
-
-
-def routing_value(value: str) -> str:
-    """Return *value* if any backend takes it in a header, else its SHA-256: the Codex backend refuses more than 64
-    characters, stripping some would make distinct sessions collide, and CR or LF must never pass."""
-    return value if re.fullmatch(r"[\x21-\x7e]{1,64}", value) else text_digest(value)
 
 
 def outbound_fields(
@@ -1589,31 +1576,22 @@ def outbound_fields(
     what stands for us at the provider, *key_fields* are those in which keys of our own were found.
     """
     static = {name.lower() for name, _ in provider.headers}
-    dropped = REBUILT | static
-    if provider.auth == "passthrough":
-        dropped |= key_fields
-    else:
-        dropped |= CREDENTIALS
-    dropped |= {name for name in SESSION_SPELLINGS if name not in provider.session_headers}
-    if not keep_turn_state:
-        dropped |= {TURN_STATE}
-    if not keep_encoding:
-        dropped |= {"content-encoding"}
-    fields = [field for field in headers.fields if field[0].lower() not in dropped]
-    present = static.union(name.lower() for name, _ in fields)
-
-    def add(name: str, value: Optional[str]) -> None:
+    dropped = REBUILT.union(
+        static,
+        key_fields if provider.auth == "passthrough" else CREDENTIALS,
+        [name for name in SESSION_SPELLINGS if name not in provider.session_headers],
+        () if keep_turn_state else (TURN_STATE,),
+        () if keep_encoding else ("content-encoding",),
+    )
+    fields = headers.without(dropped)
+    present = static.union(headers.first) - (dropped - static)
+    wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
+    for name, value in (*wanted, ("x-client-request-id", request_id)):
         if value and name.lower() not in present:
-            fields.append((name, routing_value(value)))
+            fields.append((name, value if ROUTING_VALUE.fullmatch(value) else text_digest(value)))
             present.add(name.lower())
-
-    for name in (*provider.session_headers, *provider.affinity_headers):
-        add(name, session.value)
-    add("x-client-request-id", request_id)
-    fields += [field for field in credential if field[0].lower() not in static]
-    if "accept-encoding" not in static:
-        fields.append(("Accept-Encoding", "identity"))
-    return fields + list(provider.headers)
+    ours = (*credential, ("Accept-Encoding", "identity"))
+    return [*fields, *(field for field in ours if field[0].lower() not in static), *provider.headers]
 
 
 def is_event_stream(headers: Headers) -> bool:
@@ -1626,25 +1604,14 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     *renamed* is (client's model, upstream's model) where an alias renamed it: Codex warns of a rerouted model when
     openai-model is not what it asked for.
     """
-    dropped = head.headers.hop_by_hop() | {"set-cookie", "content-length", "x-plexus-request-id"}
-    fields = [field for field in head.headers.fields if field[0].lower() not in dropped]
-    if renamed:
-        name = header_text(renamed[0])
-        if name is None:
-            fields = [field for field in fields if field[0].lower() != "openai-model"]
-        else:
-            fields = [(field, name if field.lower() == "openai-model" else value) for field, value in fields]
+    fields = head.headers.without(NOT_RETURNED)
+    if renamed:  # behind a wildcard any name will do: what cannot stand in a header must not
+        model = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
+        fields = [(name, model if name.lower() == "openai-model" else value) for name, value in fields]
     if is_event_stream(head.headers):
         present = {name.lower() for name, _ in fields}
-        added = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))
-        fields += [field for field in added if field[0].lower() not in present]
+        fields += [field for field in FOR_STREAMS if field[0].lower() not in present]
     return fields
-
-
-def header_text(text: str) -> Optional[str]:
-    """Return *text* as a field value, None if it has a character that cannot stand in one."""
-    value = text.encode("utf-8", "surrogatepass").decode("latin-1")
-    return value if re.fullmatch(r"[\x20-\x7e\x80-\xff]*", value) else None
 
 
 def replace_model(body: JsonBody, model: str) -> bytes:
@@ -1656,8 +1623,7 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
     for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        if secret in text:
-            text = text.replace(secret, b"*" * len(secret))
+        text = text.replace(secret, b"*" * len(secret))
     return text
 
 
@@ -1801,7 +1767,8 @@ def fingerprint_of(body: JsonBody) -> str:
 
     Model, instructions and first input item stay the same from turn to turn; of a chat, the first two messages.
     """
-    first = body.items()[: 1 if "input" in body.spans else 2]
+    first = [body.raw[start:end] for start, end in body.items[: 1 + LISTS.index(body.prompt())]]
+    first = first or [body.part(body.prompt())]
     return hashlib.sha256(b"\n".join([body.part("model"), body.part("instructions"), *first])).hexdigest()
 
 
@@ -1824,15 +1791,15 @@ def is_bound(body: JsonBody) -> bool:
     return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
-class Remembered:
-    """A bounded map of text to text that forgets what was longest unused.  One lock, held for a few lines only."""
+class Remembered(Generic[T]):
+    """A bounded map from text that forgets what was longest unused.  One lock, held for a few lines only."""
 
     def __init__(self, maximum: int = MAX_REMEMBERED) -> None:
         self._lock = threading.Lock()  # protects _entries
-        self._entries: collections.OrderedDict[str, Tuple[str, float]] = collections.OrderedDict()
+        self._entries: collections.OrderedDict[str, Tuple[T, float]] = collections.OrderedDict()
         self._maximum = maximum
 
-    def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[str]:
+    def get(self, key: str, now: float, idle_s: float = math.inf) -> Optional[T]:
         """Return what *key* stands for, and count that as use; None if unknown, or idle for more than *idle_s*."""
         with self._lock:
             value, used_at = self._entries.pop(key, (None, now))
@@ -1841,7 +1808,7 @@ class Remembered:
             self._entries[key] = value, now
             return value
 
-    def put(self, key: str, value: str, now: float) -> None:
+    def put(self, key: str, value: T, now: float) -> None:
         with self._lock:
             self._entries[key] = value, now
             self._entries.move_to_end(key)
@@ -1858,8 +1825,9 @@ class Fleet:
 
     def __init__(self, cooldowns: Iterable[Tuple[str, int]] = ()) -> None:
         """*cooldowns* has those that a worker counted which this process replaces."""
-        self.pins = Remembered()  # session -> target id
-        self.owners = Remembered()  # response id or turn state, as digest -> place of a target
+        self.pins: Remembered[str] = Remembered()  # session -> target id
+        self.owners: Remembered[str] = Remembered()  # response id or turn state, as digest -> place of a target
+        self.seen: Remembered[Seen] = Remembered(MAX_SEEN)  # session, as digest -> what its last body consists of
         self._lock = threading.Lock()  # protects the three below
         self._open: Dict[str, int] = {}  # target id -> requests; without zeros: behind "*", clients name the models
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
@@ -2175,15 +2143,30 @@ def digest_of(value: Union[bytes, str]) -> bytes:
     return (hash(value) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
 
 
-def prefix_of(body: JsonBody) -> bytes:
-    """Return digests of what a prompt begins with, to see what changed: of PREFIX_MEMBERS and of each input item.
+def digests_of(numbers: Iterable[int]) -> bytes:
+    return b"".join([(number & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little") for number in numbers])
 
-    With a previous_response_id the items before its input are not known, and none is compared.
+
+def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
+    """Return digests of what a prompt begins with, to see what changed, and what the next turn need not parse again.
+
+    The former are of PREFIX_MEMBERS and of each input item; what is no array is one item.  With a previous_response_id
+    the items before its input are not known, and none is compared.
     """
-    parts = [body.part(name) for name in PREFIX_MEMBERS]
-    if not body.members.get("previous_response_id"):
-        parts += body.items()
-    return struct.pack(f"<{len(parts)}I", *[hash(part) & 0xFFFFFFFF for part in parts])
+    view, name = memoryview(body.raw), body.prompt()
+    numbers = {member: hash(body.part(member)) for member in PREFIX_MEMBERS}
+    # Values whose end is not told by what follows, and not the model: that is looked at each time.
+    whole = [member for member in PREFIX_MEMBERS[1:] if body.part(member)[:1] in (b'"', b"[", b"{")]
+    values = {member: (len(body.part(member)), numbers[member]) for member in whole}
+    digests = body.seen + digests_of([hash(view[start:end]) for start, end in body.items])
+    start = body.spans.get(name, (0, 0))[0]
+    if body.members.get(name) != []:
+        digests = digests_of([hash(body.part(name))])
+    elif digests:
+        end = body.items[-1][1] if body.items else body.seen_end
+        values[name] = (end - start, hash(view[start:end]))
+    items = b"" if body.members.get("previous_response_id") else digests
+    return digests_of(numbers.values()) + items, Seen(values, digests)
 
 
 class Turn(NamedTuple):
@@ -3666,15 +3649,17 @@ class Exchange:
         self.started = now  # monotonic
         self.parts: List[bytes] = []  # of the body, until all of it is here
 
-    def digest(self) -> None:
+    def digest(self, fleet: Fleet) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
         body, self.json = self.json, None
         if body is None:
             return
         if self.session.value is not None and not self.prefix and len(body.raw) <= MAX_DIGESTED_BYTES:
-            self.prefix = prefix_of(body)
+            self.prefix, seen = digest_body(body)
+            if len(body.raw) >= SEEN_BYTES:
+                fleet.seen.put(self.session.digest or "", seen, self.started)
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
-            self.json = body._replace(members={}, lists={})
+            self.json = body._replace(members={}, items=())
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -3843,7 +3828,7 @@ class ClientConnection:
 
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
-        length = request_framing(head)
+        length = body_length(head)
         exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
         self._enter(Phase.BODY, limits.body_timeout_s)
@@ -4381,7 +4366,7 @@ class Answer:
         connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
         if self.exchange.json:  # the upstream thinks, so there is time for this
-            self.exchange.digest()
+            self.exchange.digest(self._fleet)
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
@@ -4477,7 +4462,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     state, route, headers = exchange.state, exchange.route, exchange.headers
     encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
     raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
-    body = exchange.json = None if raw is None else parse_json_body(raw)
+    body = exchange.json = None if raw is None else read_json(raw, headers, fleet, now)
     model = exchange.model = model_of(exchange, body) if body else None
     targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
@@ -4489,6 +4474,25 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
         plan = plan._replace(reason="direct")
     exchange.plan = plan
+
+
+CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
+
+
+def read_json(raw: Raw, headers: Headers, fleet: Fleet, now: float) -> JsonBody:
+    """Return the JSON body *raw*; what it repeats of the turn before is not parsed again.
+
+    Which session it belongs to, its headers tell before, or a look at the bytes, which need not be right.
+    """
+    session, seen = session_of(headers, None), None
+    if len(raw) >= SEEN_BYTES:
+        found = None if session.value else CACHE_KEY.match(raw, raw.rfind(b'"prompt_cache_key"'))
+        session = Session(found[1].decode("latin-1")) if found else session
+        seen = fleet.seen.get(session.digest or "", now)
+    body = parse_json_body(raw, seen or NOTHING_SEEN)
+    if body.seen and session_of(headers, cache_key(body)).value is None:  # then its first items are needed
+        body = parse_json_body(raw)
+    return body
 
 
 def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
@@ -4650,7 +4654,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             if upstream:
                 if may_wait:
-                    exchange.digest()
+                    exchange.digest(self.fleet)
                 self.hand(self.server.attach, self.connection, exchange, target, upstream)
             else:  # in the loop, where nothing may wait: the same again in a thread
                 exchange.asks_again = True
@@ -5003,12 +5007,12 @@ class Server(http.server.ThreadingHTTPServer):
         begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
         self.loop.patience_s = TICK_S
         for exchange in begun:
-            exchange.digest()
+            exchange.digest(self.fleet)
         for exchange in ended:
             self.loop.guard(self._observe, exchange)
 
     def _observe(self, exchange: Exchange) -> None:
-        exchange.digest()
+        exchange.digest(self.fleet)
         if exchange.usage:
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
@@ -5309,8 +5313,8 @@ class DemoBackend:
     SHARDS: Final = 16
 
     def __init__(self) -> None:
-        self._prefixes = Remembered(1000 * self.SHARDS)  # digests, of the shard too
-        self.responses = Remembered(100)  # id -> JSON
+        self._prefixes: Remembered[str] = Remembered(1000 * self.SHARDS)  # digests, of the shard too
+        self.responses: Remembered[str] = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
         """Return a socket on which the demo upstream answers; a thread serves it until that socket is closed."""

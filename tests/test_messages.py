@@ -25,7 +25,7 @@ def read_head(raw: bytes, limit: int = LIMIT) -> Optional[Tuple[plexus_lite.Requ
     if end < 0:
         return None
     head = plexus_lite.read_request_head(raw[:end])
-    return head, plexus_lite.request_framing(head)
+    return head, plexus_lite.body_length(head)
 
 
 def post(*lines: bytes) -> bytes:

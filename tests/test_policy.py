@@ -446,7 +446,7 @@ class Routes(Refusals):
         paths += ["/responses/a/b", "/responses//cancel", "/responses/..", "/responses/../models", "/responses/a.b"]
         paths += ["/responses/%72", "/responses/a/cancel/", "/responses/compact/x", "/chat", "/chat/completions/x"]
         paths += ["/embeddings", "/completions", "/modelsx", "/models/", "/healthz", "/health/", "/api/show"]
-        paths += ["/responses/" + "x" * 1000, "/" + "x" * 5000]
+        paths += ["/responses/" + "x" * 1000, "/" + "x" * 5000, "/responses/{id}", "/v1/responses/{id}/cancel", "/{"]
         for path in paths:
             for method in ("GET", "POST"):
                 with self.subTest(method + " " + path[:80]):

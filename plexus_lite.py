@@ -1193,7 +1193,7 @@ def parse_json_body(raw: Raw) -> JsonBody:
     try:
         if not raw.isascii():
             raw.decode()
-        text = str(raw, "latin-1")
+        text = raw.decode("latin-1")
         position, mark = 0, "{"
         found = JSON_NAME.match(text)
         try:
@@ -1395,12 +1395,12 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
                 wanted = key.secret.encode("ascii") + b":"
                 if hmac.compare_digest(offered[: len(wanted)], wanted):
                     fields.append(field)
-                    found = found or (name, offered[len(wanted) : -1], key)
+                    found = found or (name, token[len(wanted) :], key)
     if not found:
         raise unknown_key(problem)
-    name, label, key = found
-    text = re.sub(rb"[^\x20-\x7e]", b"?", label)[:64].decode("ascii") if label else None
-    return Identity(name, text, frozenset(fields), key.models, key.admin)
+    name, rest, key = found
+    label = re.sub(r"[^\x20-\x7e]", "?", rest)[:64] if rest else None
+    return Identity(name, label, frozenset(fields), key.models, key.admin)
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1514,8 +1514,8 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     """
     fields = head.headers.without(NOT_RETURNED)
     if renamed:  # behind a wildcard any name will do: what cannot stand in a header must not
-        model = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
-        fields = [(name, model if name.lower() == "openai-model" else value) for name, value in fields]
+        name = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
+        fields = [(field, name if field.lower() == "openai-model" else value) for field, value in fields]
     if is_event_stream(head.headers):
         present = {name.lower() for name, _ in fields}
         fields += [field for field in FOR_STREAMS if field[0].lower() not in present]

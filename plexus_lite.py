@@ -1414,7 +1414,7 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
     found = re.fullmatch(r"[0-9a-f]{64}\.([0-9]{1,12})\.((?:[0-9a-f]{2})*)", ticket)
     if found:
-        expires, name = int(found.group(1)), bytes.fromhex(found.group(2)).decode("utf-8", "replace")
+        expires, name = int(found[1]), bytes.fromhex(found[2]).decode("utf-8", "replace")
         key = keys.get(name)
         is_genuine = hmac.compare_digest(ticket, make_ticket(secret, name, expires))
         if is_genuine and expires >= now and (key or not (keys or name)):

@@ -1190,20 +1190,26 @@ class Seen(NamedTuple):
 NOTHING_SEEN: Final = Seen({}, b"")
 
 
+class Items(NamedTuple):
+    """The elements of an array: digests of those that were seen, where the last of them ends, where the others are."""
+
+    seen: bytes = b""
+    seen_end: int = 0
+    spans: Sequence[Span] = ()
+
+
 class JsonBody(NamedTuple):
     """A request body: its bytes, its members, and where the value of each member stands in the bytes.
 
     The strings in *members* have a character for each byte, as header values do: decoding to Unicode makes every
     later step slower, and few members are ever looked at.  text() decodes one.  A value that was seen is None there,
-    and an array in LISTS is empty: *items* has where its elements stand that were not seen.
+    and an array in LISTS is empty: *lists* has where its elements are.
     """
 
     raw: bytes
     members: Dict[str, Any]
     spans: Dict[str, Span]
-    items: Sequence[Span] = ()
-    seen: bytes = b""  # digests of the elements before them
-    seen_end: int = 0  # where the last of those ends
+    lists: Dict[str, Items]
 
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
@@ -1220,6 +1226,10 @@ class JsonBody(NamedTuple):
     def prompt(self) -> str:
         """Return the name of the member that the items of the prompt are in."""
         return next((name for name in LISTS if name in self.spans), LISTS[0])
+
+    @property
+    def items(self) -> Items:
+        return self.lists.get(self.prompt(), Items())
 
 
 def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[List[Span], int]:
@@ -1255,9 +1265,8 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
     """Return the object that *text*, *raw* as Latin-1, is; None if it is none.  May raise what a Scan raises."""
     members: Dict[str, Any] = {}
     spans: Dict[str, Span] = {}
-    items: Sequence[Span] = ()
-    digests, seen_end, view = b"", 0, memoryview(raw)
-    checked = [0]  # begin and end, in turn, of what is not seen
+    lists: Dict[str, Items] = {}
+    view, checked = memoryview(raw), [0]  # begin and end, in turn, of what is not seen
     scan: Scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     position, mark = 0, "{"
     found = JSON_NAME.match(text)
@@ -1276,10 +1285,11 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
         position = start + size if is_seen else start
         if is_seen:
             checked += start, position
+        lists.pop(name, None)  # of two members of a name, the last one counts
         if name in LISTS and text.startswith("[", start):
-            members[name] = []
-            digests, seen_end = (seen.digests, position) if is_seen else (b"", 0)
-            items, position = scan_array(scan, text, position, is_seen)
+            known = Items(seen.digests, position) if is_seen else Items()
+            others, position = scan_array(scan, text, position, is_seen)
+            members[name], lists[name] = [], known._replace(spans=others)
         elif is_seen:
             members[name] = None
         else:
@@ -1291,7 +1301,7 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
     if not unseen.isascii():
         unseen.decode()
     is_whole = (JSON_END if members else JSON_EMPTY).fullmatch(text, position)
-    return JsonBody(raw, members, spans, items, digests, seen_end) if is_whole else None
+    return JsonBody(raw, members, spans, lists) if is_whole else None
 
 
 def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
@@ -1302,10 +1312,12 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
     """
     raw = bytes(raw)
     try:
-        with contextlib.suppress(StopIteration, json.JSONDecodeError, UnicodeDecodeError):
-            body = scan_body(raw, raw.decode("latin-1"), seen)
-            if body:
-                return body
+        # Once more without what was seen: of a number, a beginning may have been.
+        for known in (seen, NOTHING_SEEN):
+            with contextlib.suppress(StopIteration, json.JSONDecodeError, UnicodeDecodeError):
+                body = scan_body(raw, raw.decode("latin-1"), known)
+                if body:
+                    return body
         JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:
@@ -1487,12 +1499,12 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
                 wanted = key.secret.encode("ascii") + b":"
                 if hmac.compare_digest(offered[: len(wanted)], wanted):
                     fields.append(field)
-                    found = found or (name, offered[len(wanted) : -1], key)
+                    found = found or (name, token[len(wanted) :], key)
     if not found:
         raise unknown_key(problem)
-    name, label, key = found
-    text = re.sub(rb"[^\x20-\x7e]", b"?", label)[:64].decode("ascii") if label else None
-    return Identity(name, text, frozenset(fields), key.models, key.admin)
+    name, rest, key = found
+    label = re.sub(r"[^\x20-\x7e]", "?", rest)[:64] if rest else None
+    return Identity(name, label, frozenset(fields), key.models, key.admin)
 
 
 def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
@@ -1506,7 +1518,7 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
     found = re.fullmatch(r"[0-9a-f]{64}\.([0-9]{1,12})\.((?:[0-9a-f]{2})*)", ticket)
     if found:
-        expires, name = int(found.group(1)), bytes.fromhex(found.group(2)).decode("utf-8", "replace")
+        expires, name = int(found[1]), bytes.fromhex(found[2]).decode("utf-8", "replace")
         key = keys.get(name)
         is_genuine = hmac.compare_digest(ticket, make_ticket(secret, name, expires))
         if is_genuine and expires >= now and (key or not (keys or name)):
@@ -1606,8 +1618,8 @@ def answer_fields(head: AnswerHead, renamed: Optional[Tuple[str, str]]) -> List[
     """
     fields = head.headers.without(NOT_RETURNED)
     if renamed:  # behind a wildcard any name will do: what cannot stand in a header must not
-        model = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
-        fields = [(name, model if name.lower() == "openai-model" else value) for name, value in fields]
+        name = re.sub(r"[^\x20-\x7e\x80-\xff]", "?", header_text(renamed[0]))
+        fields = [(field, name if field.lower() == "openai-model" else value) for field, value in fields]
     if is_event_stream(head.headers):
         present = {name.lower() for name, _ in fields}
         fields += [field for field in FOR_STREAMS if field[0].lower() not in present]
@@ -1767,7 +1779,7 @@ def fingerprint_of(body: JsonBody) -> str:
 
     Model, instructions and first input item stay the same from turn to turn; of a chat, the first two messages.
     """
-    first = [body.raw[start:end] for start, end in body.items[: 1 + LISTS.index(body.prompt())]]
+    first = [body.raw[start:end] for start, end in body.items.spans[: 1 + LISTS.index(body.prompt())]]
     first = first or [body.part(body.prompt())]
     return hashlib.sha256(b"\n".join([body.part("model"), body.part("instructions"), *first])).hexdigest()
 
@@ -2158,15 +2170,15 @@ def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
     # Values whose end is not told by what follows, and not the model: that is looked at each time.
     whole = [member for member in PREFIX_MEMBERS[1:] if body.part(member)[:1] in (b'"', b"[", b"{")]
     values = {member: (len(body.part(member)), numbers[member]) for member in whole}
-    digests = body.seen + digests_of([hash(view[start:end]) for start, end in body.items])
-    start = body.spans.get(name, (0, 0))[0]
-    if body.members.get(name) != []:
+    items, start = body.items, body.spans.get(name, (0, 0))[0]
+    digests = items.seen + digests_of([hash(view[begin:end]) for begin, end in items.spans])
+    if name not in body.lists:
         digests = digests_of([hash(body.part(name))])
     elif digests:
-        end = body.items[-1][1] if body.items else body.seen_end
+        end = items.spans[-1][1] if items.spans else items.seen_end
         values[name] = (end - start, hash(view[start:end]))
-    items = b"" if body.members.get("previous_response_id") else digests
-    return digests_of(numbers.values()) + items, Seen(values, digests)
+    compared = b"" if body.members.get("previous_response_id") else digests
+    return digests_of(numbers.values()) + compared, Seen(values, digests)
 
 
 class Turn(NamedTuple):
@@ -3659,7 +3671,7 @@ class Exchange:
             if len(body.raw) >= SEEN_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
-            self.json = body._replace(members={}, items=())
+            self.json = body._replace(members={}, lists={})
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -4490,7 +4502,7 @@ def read_json(raw: Raw, headers: Headers, fleet: Fleet, now: float) -> JsonBody:
         session = Session(found[1].decode("latin-1")) if found else session
         seen = fleet.seen.get(session.digest or "", now)
     body = parse_json_body(raw, seen or NOTHING_SEEN)
-    if body.seen and session_of(headers, cache_key(body)).value is None:  # then its first items are needed
+    if body.items.seen and session_of(headers, cache_key(body)).value is None:  # then its first items are needed
         body = parse_json_body(raw)
     return body
 

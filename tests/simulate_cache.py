@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 import plexus_lite
 from plexus_lite import Target
+from tests.support import body_of
 
 SEED = 3
 REPLICAS = 8
@@ -92,7 +93,7 @@ def make_conversations(
         elif rng.random() < anonymous:
             value = None
         members = {"model": MODEL, "instructions": "You are a coding agent.", "input": [f"task {number}"]}
-        place = plexus_lite.place_of(value, members, MODEL)
+        place = plexus_lite.place_of(value, body_of(members), MODEL)
         found.append(Conversation(number, place, start, turns, value is not None))
     return found
 

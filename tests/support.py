@@ -25,6 +25,8 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+import plexus_lite
+
 PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "plexus_lite.py")
 PAUSE_LIMIT_S = 30.0
 Headers = Union[Mapping[str, str], Sequence[Tuple[str, str]]]
@@ -574,6 +576,11 @@ def make_config(upstream: Any, provider: Optional[Mapping[str, Any]] = None, **o
     up = {"api_key": "sk-upstream", "api_base_url": urls if len(urls) > 1 else urls[0], "models": ["gpt-test"]}
     up = present(dict(up, **(provider or {})))
     return present(dict({"keys": {"team": {"secret": "sk-client"}}, "providers": {"up": up}}, **overrides))
+
+
+def body_of(members: Mapping[str, Any]) -> plexus_lite.JsonBody:
+    """Return a request body as the proxy reads it."""
+    return plexus_lite.parse_json_body(json.dumps(members).encode())
 
 
 def present(members: Mapping[str, Any]) -> Dict[str, Any]:

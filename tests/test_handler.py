@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import sys
 import unittest
 import zlib
 from typing import Any, Dict, List, Tuple
@@ -595,9 +596,10 @@ class KeysTest(HandlerTest):
 
 class BadBodyTest(HandlerTest):
     def test_bad_json_says_line_and_column(self):
+        comma = 20 if sys.version_info >= (3, 13) else 21  # newer decoders point at the comma, older ones behind it
         for name, body, where in (
             ("missing value", b'{\n  "model": ,\n}', "line 2 column 12"),
-            ("trailing comma", b'{"model":"gpt-test",}', "line 1 column 21"),
+            ("trailing comma", b'{"model":"gpt-test",}', f"line 1 column {comma}"),
             ("single quotes", b"{'model':'x'}", "line 1 column 2"),
             ("two objects", b'{"model":"gpt-test"} {}', "line 1 column 22"),
             ("control character", b'{"model":"gpt-test",\n"input":"a\nb"}', "line 2 column 11"),

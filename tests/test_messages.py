@@ -552,6 +552,92 @@ class JsonBodies(Refusals):
                     self.assertEqual(raw[start:end].decode(), wanted)
                 self.assertEqual(plexus_lite.parse_json_body(bytearray(text.encode("utf-8"))), body)
 
+    def test_elements_of_the_prompt_are_spans(self):
+        rows: Sequence[Tuple[str, str, List[str]]] = (
+            ("none", "[ ]", []),
+            ("white space", '[ 1 ,\n"a"\t, {"b": [2]} ]', ["1", '"a"', '{"b": [2]}']),
+            ("packed", '[{"a":1},{"a":2},[3],-4.5e6]', ['{"a":1}', '{"a":2}', "[3]", "-4.5e6"]),
+            ("one", "[null]", ["null"]),
+        )
+        for name, text, wanted in rows:
+            for member in ("input", "messages"):
+                with self.subTest(name, member=member):
+                    raw = f'{{"x":1, "{member}" :{text},"y":2}}'.encode()
+                    body = plexus_lite.parse_json_body(raw)
+                    self.assertEqual(body.members, {"x": 1, member: [], "y": 2})
+                    self.assertEqual(body.prompt(), member)
+                    self.assertEqual([raw[start:end].decode() for start, end in body.items.spans], wanted)
+                    self.assertEqual(body.part(member).decode(), text)
+        for text in ('{"input":[1,2],"messages":[3]}', '{"messages":[3],"input":[9],"input":[1,2]}'):
+            body = plexus_lite.parse_json_body(text.encode())
+            self.assertEqual([body.raw[start:end] for start, end in body.items.spans], [b"1", b"2"], text)
+        self.assertEqual(plexus_lite.parse_json_body(b'{"input":[1],"input":"x"}').items.spans, ())
+        for text in ('{"input":[1 2]}', '{"input":[1,]}', '{"input":[,1]}', '{"input":[1', '{"input":[1,{"a":}]}'):
+            self.assertRefused("invalid_json", plexus_lite.parse_json_body, text.encode())
+
+    def test_what_the_turn_before_had_is_not_parsed_again(self):
+        tools, items = '[{"name":"t\u00e4"}]', ['{"role":"user","content":"\u00e9"}', '"b"', '{"c":[1.50]}', "[4]"]
+        template = '{"model":"m","instructions":"do \\"it\\"","input":[%s],"tools":%s}'
+
+        def turn(elements: Sequence[str], seen: Any = plexus_lite.NOTHING_SEEN, tools: str = tools) -> Any:
+            return plexus_lite.parse_json_body((template % (",".join(elements), tools)).encode(), seen)
+
+        seen = plexus_lite.digest_body(turn(items))[1]
+        parsed: List[str] = []
+        decoder = plexus_lite.JSON_DECODER
+
+        class Noting:
+            @staticmethod
+            def scan_once(text: str, start: int) -> Any:
+                value, end = decoder.scan_once(text, start)  # type: ignore[attr-defined]
+                parsed.append(text[start:end])
+                return value, end
+
+        # name, elements, tools, what is parsed of it beside the model
+        rows: Sequence[Tuple[str, List[str], str, List[str]]] = (
+            ("the same", items, tools, []),
+            ("one more", [*items, '{"d":1}'], tools, ['{"d":1}']),
+            ("an earlier one changed", ["0", *items[1:]], tools, ["0", *items[1:]]),
+            ("one less", items[:-1], tools, items[:-1]),
+            ("other tools", items, "[]", ["[]"]),
+        )
+        for name, elements, other_tools, wanted in rows:
+            with self.subTest(name):
+                parsed.clear()
+                with unittest.mock.patch.object(plexus_lite, "JSON_DECODER", Noting):
+                    body = turn(elements, seen, other_tools)
+                latin = [one.encode().decode("latin-1") for one in ['"m"', *wanted]]
+                self.assertEqual(parsed, latin)
+                whole = turn(elements, tools=other_tools)
+                self.assertEqual(plexus_lite.digest_body(body), plexus_lite.digest_body(whole))
+                self.assertEqual(body.spans, whole.spans)
+                self.assertEqual(body.text("model"), "m")
+
+    def test_the_beginning_of_a_number_is_no_number(self):
+        for before, after in (("[1,2", "[1,23]"), ("[1,2", "[1,2.5,3]"), ("[1,-", "[1,-1]"), ('["a",1', '["a",1e5]')):
+            seen = plexus_lite.Seen({"input": (len(before), hash(before.encode()))}, b"12345678")
+            raw = b'{"input":%b}' % after.encode()
+            body = plexus_lite.parse_json_body(raw, seen)
+            self.assertEqual(body, plexus_lite.parse_json_body(raw))
+
+    def test_what_was_seen_excuses_nothing(self):
+        raw = '{"model":"m","input":[{"a":"\u00e4"}],"x":1}'.encode()
+        seen = plexus_lite.digest_body(plexus_lite.parse_json_body(raw))[1]
+        for old, new in (
+            (b'"x":1', b'"x":01'),
+            (b'"x":1', b'"x":"\xff"'),
+            (b"}]", b"},]"),
+            (b"}]", b"}"),
+            (b"}]", b"}]]"),
+        ):
+            bad = raw.replace(old, new)
+            error = self.assertRefused("invalid_json", plexus_lite.parse_json_body, bad, seen)
+            self.assertEqual(
+                error.message, self.assertRefused("invalid_json", plexus_lite.parse_json_body, bad).message
+            )
+        twice = raw.replace(b'"x"', b'"model"')
+        self.assertRefused("invalid_request", plexus_lite.parse_json_body, twice, seen)
+
     def test_what_is_refused_says_where(self):
         rows: Sequence[Tuple[str, bytes, Sequence[str]]] = (
             ("nothing", b"", ("line 1 column 1",)),
@@ -566,6 +652,11 @@ class JsonBodies(Refusals):
             ("no comma", b'{"a":1 "b":2}', ("line 1 column ",)),
             ("a comma too much", b'{"a":1,}', ("line 1 column ",)),
             ("only a comma", b"{,}", ("line 1 column 2",)),
+            ("a comma in place of the brace", b',"a":1}', ("line 1 column 1",)),
+            ("a brace in place of a comma", b'{"a":1{"b":2}', ("line 1 column 7",)),
+            ("a brace behind a member", b'{"a":1{}', ("line 1 column 7",)),
+            ("no colon behind an escaped name", b'{"a":1,"\\u0062" 2}', ("line 1 column ",)),
+            ("an escaped name, cut off", b'{"\\u0062', ("line 1 column ",)),
             ("not closed", b'{"a":1', ("line 1 column ",)),
             ("just opened", b"{", ("line 1 column 2",)),
             ("not closed inside", b'{"a":[1}', ("line 1 column ",)),

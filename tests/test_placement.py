@@ -10,7 +10,7 @@ from email.utils import formatdate
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import plexus_lite
-from tests.support import clean_environment
+from tests.support import body_of, clean_environment
 
 NOTHING = plexus_lite.Snapshot({}, frozenset())
 SESSIONS = [f"session-{number}" for number in range(2000)]
@@ -475,12 +475,12 @@ class Fingerprint(unittest.TestCase):
     def test_it_stays_from_turn_to_turn(self):
         later = dict(self.TURN, input=[*self.TURN["input"], {"role": "assistant"}, {"role": "user"}], stream=True)
         other_order = dict(reversed(list(later.items())))
-        wanted = plexus_lite.fingerprint_of(self.TURN)
+        wanted = plexus_lite.fingerprint_of(body_of(self.TURN))
         for members in (later, other_order, dict(later, temperature=1, tools=[], metadata={"a": "b"})):
-            self.assertEqual(plexus_lite.fingerprint_of(members), wanted)
+            self.assertEqual(plexus_lite.fingerprint_of(body_of(members)), wanted)
         chat = {"model": "m", "messages": [{"role": "system"}, {"role": "user", "content": "one"}]}
         next_chat = dict(chat, messages=[*chat["messages"], {"role": "assistant"}])
-        self.assertEqual(plexus_lite.fingerprint_of(chat), plexus_lite.fingerprint_of(next_chat))
+        self.assertEqual(plexus_lite.fingerprint_of(body_of(chat)), plexus_lite.fingerprint_of(body_of(next_chat)))
 
     def test_another_conversation_has_another(self):
         rows: Sequence[Dict[str, Any]] = (
@@ -494,24 +494,24 @@ class Fingerprint(unittest.TestCase):
             {"model": "m", "messages": [{"role": "system"}, {"role": "user", "content": "one"}]},
             {"model": "m", "messages": [{"role": "system"}, {"role": "user", "content": "two"}]},
         )
-        self.assertEqual(len({plexus_lite.fingerprint_of(members) for members in rows}), len(rows))
+        self.assertEqual(len({plexus_lite.fingerprint_of(body_of(members)) for members in rows}), len(rows))
 
     def test_it_is_pinned_like_the_scores(self):
-        wanted = "aa5e83a79399080f0915e6e144de3639f103e23eae1fe2c09d7025a7b39d5122"
+        wanted = "675751f83a7a98586126d4e105ca6dff28dd9e22e08db68058fb1a423fd77e88"
         members = {"model": "m", "instructions": "i", "input": [{"a": 1}]}
-        self.assertEqual(plexus_lite.fingerprint_of(members), wanted)
+        self.assertEqual(plexus_lite.fingerprint_of(body_of(members)), wanted)
 
     def test_anything_that_was_parsed_has_one(self):
         texts = ["{}", '{"input":null}', '{"input":5}', '{"input":[]}', '{"input":{"a":1}}', '{"messages":"x"}']
         texts += ['{"model":["m"],"instructions":{"a":[1]},"input":"\\ud83d"}', '{"input":[[[[[1e400]]]]]}']
         for text in texts:
-            members = plexus_lite.parse_json_body(text.encode()).members
-            self.assertRegex(plexus_lite.fingerprint_of(members), r"\A[0-9a-f]{64}\Z")
+            body = plexus_lite.parse_json_body(text.encode())
+            self.assertRegex(plexus_lite.fingerprint_of(body), r"\A[0-9a-f]{64}\Z")
 
 
 class RememberedTest(unittest.TestCase):
     def test_it_forgets_what_was_longest_unused(self):
-        memory = plexus_lite.Remembered(3)
+        memory: plexus_lite.Remembered[str] = plexus_lite.Remembered(3)
         for key in "abc":
             memory.put(key, key.upper(), 0)
         self.assertEqual(memory.get("a", 1), "A")  # a use: b is now the oldest
@@ -521,7 +521,7 @@ class RememberedTest(unittest.TestCase):
         self.assertEqual(len(memory._entries), 3)
 
     def test_it_is_bounded(self):
-        memory = plexus_lite.Remembered(100)
+        memory: plexus_lite.Remembered[str] = plexus_lite.Remembered(100)
         for number in range(10_000):
             memory.put(f"k{number}", "v", number)
             self.assertLessEqual(len(memory._entries), 100)
@@ -532,7 +532,7 @@ class RememberedTest(unittest.TestCase):
         self.assertEqual(len(fleet.pins._entries), plexus_lite.MAX_REMEMBERED)
 
     def test_idle_time_counts_from_the_last_use(self):
-        memory = plexus_lite.Remembered()
+        memory: plexus_lite.Remembered[str] = plexus_lite.Remembered()
         memory.put("k", "v", 1000)
         self.assertEqual(memory.get("k", 2800, 1800), "v")
         self.assertEqual(memory.get("k", 4600, 1800), "v")
@@ -542,7 +542,7 @@ class RememberedTest(unittest.TestCase):
         self.assertEqual(memory.get("k", 1e9), "v")
 
     def test_forget(self):
-        memory = plexus_lite.Remembered()
+        memory: plexus_lite.Remembered[str] = plexus_lite.Remembered()
         memory.put("k", "v", 0)
         memory.forget("k")
         memory.forget("never there")
@@ -654,7 +654,7 @@ class Sessions(unittest.TestCase):
 
     def setUp(self) -> None:
         self.fleet, self.targets = plexus_lite.Fleet(), fleet_of("a", "b", "c")
-        self.place = plexus_lite.place_of("s", {}, "m")
+        self.place = plexus_lite.place_of("s", None, "m")
         self.home, self.second, self.third = self.plan(0).targets
 
     def plan(self, now: float, **options: Any) -> plexus_lite.Plan:
@@ -709,21 +709,21 @@ class Sessions(unittest.TestCase):
 
     def test_sessions_and_models_are_pinned_each_on_its_own(self):
         self.serve(0, self.home)
-        for place in (plexus_lite.place_of("t", {}, "m"), plexus_lite.place_of("s", {}, "n")):
+        for place in (plexus_lite.place_of("t", None, "m"), plexus_lite.place_of("s", None, "n")):
             self.assertEqual(self.fleet.plan(self.targets, place, 1000.0, 1800.0).reason, "rendezvous")
-        again = plexus_lite.place_of("s", {"input": "something else"}, "m")
+        again = plexus_lite.place_of("s", body_of({"input": "something else"}), "m")
         self.assertEqual(self.fleet.plan(self.targets, again, 1000.0, 1800.0).reason, "pin")
 
     def test_without_a_session_value_the_fingerprint_places(self):
         turn = {"model": "m", "input": [{"a": 1}]}
         later = {"model": "m", "input": [{"a": 1}, {"b": 2}]}
-        place = plexus_lite.place_of(None, turn, "m")
-        self.assertEqual(place, plexus_lite.place_of(None, later, "m"))
-        self.assertEqual(place.key, plexus_lite.fingerprint_of(turn))
-        self.assertNotEqual(place, plexus_lite.place_of(None, {"model": "m", "input": [{"a": 2}]}, "m"))
+        place = plexus_lite.place_of(None, body_of(turn), "m")
+        self.assertEqual(place, plexus_lite.place_of(None, body_of(later), "m"))
+        self.assertEqual(place.key, plexus_lite.fingerprint_of(body_of(turn)))
+        self.assertNotEqual(place, plexus_lite.place_of(None, body_of({"model": "m", "input": [{"a": 2}]}), "m"))
 
     def test_the_session_value_itself_is_remembered_nowhere(self):
-        place = plexus_lite.place_of("a-session-of-a-client", {}, "m")
+        place = plexus_lite.place_of("a-session-of-a-client", None, "m")
         self.assertNotIn("a-session", repr(place))
 
 

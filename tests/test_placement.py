@@ -549,7 +549,8 @@ class RememberedTest(unittest.TestCase):
         self.assertIsNone(memory.get("k", 0))
 
     def test_threads_do_not_mix_entries_up(self):
-        memory, wrong = plexus_lite.Remembered(50), []
+        memory: plexus_lite.Remembered[str] = plexus_lite.Remembered(50)
+        wrong = []
 
         def work(number: int) -> None:
             for step in range(1500):

@@ -1188,6 +1188,7 @@ class Seen(NamedTuple):
 
 
 NOTHING_SEEN: Final = Seen({}, b"")
+NO_SPAN: Final = (0, 0)
 
 
 class Items(NamedTuple):
@@ -1266,7 +1267,7 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
     members: Dict[str, Any] = {}
     spans: Dict[str, Span] = {}
     lists: Dict[str, Items] = {}
-    view, checked = memoryview(raw), [0]  # begin and end, in turn, of what is not seen
+    view, unseen, begin = memoryview(raw), b"", 0  # unseen: what stands before *begin* and was not seen
     scan: Scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     position, mark = 0, "{"
     found = JSON_NAME.match(text)
@@ -1280,12 +1281,13 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
             start = colon.end()
         if name == "model" and name in members:
             raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-        size, number = seen.values.get(name, (0, 0))
+        size, number = seen.values.get(name, NO_SPAN)
         is_seen = size > 0 and hash(view[start : start + size]) == number
         position = start + size if is_seen else start
         if is_seen:
-            checked += start, position
-        lists.pop(name, None)  # of two members of a name, the last one counts
+            unseen, begin = unseen + raw[begin:start], position
+        if name in LISTS:
+            lists.pop(name, None)  # of two members of a name, the last one counts
         if name in LISTS and text.startswith("[", start):
             known = Items(seen.digests, position) if is_seen else Items()
             others, position = scan_array(scan, text, position, is_seen)
@@ -1296,8 +1298,7 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
             members[name], position = scan(text, start)
         spans[name] = (start, position)
         found, mark = JSON_NAME.match(text, position), ","
-    checked.append(len(raw))
-    unseen = b"".join([raw[begin:end] for begin, end in zip(checked[::2], checked[1::2])])
+    unseen = unseen + raw[begin:] if begin else raw
     if not unseen.isascii():
         unseen.decode()
     is_whole = (JSON_END if members else JSON_EMPTY).fullmatch(text, position)
@@ -3204,10 +3205,11 @@ class Transport(urllib.request.BaseHandler):
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
-            error = sock.connect_ex(address)
-            if error in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            sock.connect_ex(address)
+            error = sock.connect_ex(address)  # says how far it is: at once there, if the upstream is on this machine
+            if error in (0, errno.EISCONN, errno.EALREADY, errno.EINPROGRESS, errno.EWOULDBLOCK):
                 connection = UpstreamConnection(sock, origin, proxy)
-                connection.connecting = error != 0
+                connection.connecting = error not in (0, errno.EISCONN)
                 return connection
             sock.close()
         return None

@@ -180,6 +180,9 @@ ACCEPTS: Final = 16  # connections accepted in one go; then the running streams,
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
 GC_THRESHOLDS: Final = (20_000, 10, 10)  # a request's JSON has hundreds of objects, no cycle; 700 looks at each twice
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
+YIELD_S: Final = (
+    0.005  # workers with fewer clients may take new ones first; all wake for each, and the quickest had most
+)
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -193,7 +196,6 @@ LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 ke
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
 MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
 SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
-MAX_DIGESTED_BYTES: Final = 8 * MIB  # digests need two copies of the largest item, and the GIL for a ms per MB
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
@@ -1181,9 +1183,8 @@ class Seen(NamedTuple):
     A text that has the length and the hash (keyed, of 64 bits) of one that was parsed is that text.
     """
 
-    values: Mapping[
-        str, Span
-    ]  # by member: bytes and hash of its value; of an array in LISTS without its closing bracket
+    # By member: bytes and hash of its value; of an array in LISTS, of what stands before its closing bracket.
+    values: Mapping[str, Tuple[int, int]]
     digests: bytes  # of the elements of that array
 
 
@@ -2868,6 +2869,7 @@ class Loop:
     patience_s = TICK_S  # when nothing has happened for so long, it is quiet
     _woken = _stopped = False
     _thread = 0
+    _alarm: Tuple[float, Callable[[], None]] = (math.inf, do_nothing)  # when (monotonic), what
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -2911,6 +2913,10 @@ class Loop:
         """Run *function* in a round of its own, behind what is ready: it takes longer than to pass a few bytes on."""
         self._turns.append((function, arguments))
 
+    def call_after(self, seconds: float, function: Callable[[], None]) -> None:
+        """Run *function* in *seconds*, in place of what waits for its time already."""
+        self._alarm = (self.now + seconds, function)
+
     def is_this_thread(self) -> bool:
         return self._thread == threading.get_ident()
 
@@ -2945,7 +2951,7 @@ class Loop:
         self._thread = threading.get_ident()
         while not self._stopped:
             is_patient = not self._calls and not self._turns
-            ready = self._selector.select(self.patience_s if is_patient else 0)
+            ready = self._selector.select(min(self.patience_s, self._alarm[0] - self.now) if is_patient else 0)
             self.now = time.monotonic()
             if is_patient and not ready:
                 self.on_quiet()
@@ -2964,6 +2970,9 @@ class Loop:
             if self._turns:
                 function, arguments = self._turns.popleft()
                 self.guard(function, *arguments)
+            if self.now >= self._alarm[0]:
+                function, self._alarm = self._alarm[1], Loop._alarm
+                self.guard(function)
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
                 self.guard(self.on_tick, self.now)
@@ -3668,7 +3677,7 @@ class Exchange:
         body, self.json = self.json, None
         if body is None:
             return
-        if self.session.value is not None and not self.prefix and len(body.raw) <= MAX_DIGESTED_BYTES:
+        if self.session.value is not None and not self.prefix:
             self.prefix, seen = digest_body(body)
             if len(body.raw) >= SEEN_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
@@ -4781,6 +4790,7 @@ class Shared:
         self.started = int(time.time())
         self.supervisor = os.getpid()
         self.sessions = SessionTable(mmap.mmap(-1, SessionTable.BYTES))
+        self.clients = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # of each worker, each written by itself
         self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
 
     def publish(self, worker: int, tally: Tally) -> None:
@@ -4951,7 +4961,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._max_ended = 1 if shared.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._draining = False
         self._drain_deadline = math.inf
-        self._accept_again_at = math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class made one for itself
         self.socket = listener
@@ -5143,15 +5152,19 @@ class Server(http.server.ThreadingHTTPServer):
     # -- clients ---------------------------------------------------------
 
     def _accept(self, events: int) -> None:
+        """Accept what is there, some at a time; or leave it to the workers that have fewer clients, for a moment."""
         for _ in range(ACCEPTS):
+            self._shared.clients[self._number] = len(self.clients)
+            if events and min(self._shared.clients) < len(self.clients):
+                self._pause_accepting(YIELD_S)
+                return
             try:
                 sock, address = self.socket.accept()
             except BLOCKED:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.loop.watch(self.socket, 0)
-                    self._accept_again_at = self.loop.now + ACCEPT_PAUSE_S
+                    self._pause_accepting(ACCEPT_PAUSE_S)
                     self.log.event("error", f"cannot accept: {error.strerror}; paused for {ACCEPT_PAUSE_S} s")
                 return  # ECONNABORTED and the like: that client has left
             sock.setblocking(False)
@@ -5164,6 +5177,15 @@ class Server(http.server.ThreadingHTTPServer):
                     sock.close()
                     continue
             self._welcome(sock, str(address[0]))
+
+    def _pause_accepting(self, seconds: float) -> None:
+        self.loop.watch(self.socket, 0)
+        self.loop.call_after(seconds, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if not self._draining:
+            self.loop.watch(self.socket, READ, self._accept)
+            self._accept(0)
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         limit = self.state.config.limits.max_connections
@@ -5188,9 +5210,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self._shared.workers > 1:
             self._publish()
         self._pass_on_warnings()
-        if now > self._accept_again_at and not self._draining:
-            self._accept_again_at = math.inf
-            self.loop.watch(self.socket, READ, self._accept)
         if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
             self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()

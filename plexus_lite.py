@@ -178,7 +178,9 @@ HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before 
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
-GC_THRESHOLDS: Final = (20_000, 10, 10)  # a request's JSON has hundreds of objects, no cycle; 700 looks at each twice
+# A collection of many young objects holds up all streams: 10 ms among 500.  Hardly any request leaves a cycle behind,
+# so few are looked at together, once, and the older ones seldom.
+GC_THRESHOLDS: Final = (2000, 100, 10)
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 YIELD_S: Final = (
     0.005  # workers with fewer clients may take new ones first; all wake for each, and the quickest had most
@@ -4021,6 +4023,7 @@ class ClientConnection:
         if exchange:
             if error:
                 exchange.fail(error)
+            exchange.refusal, exchange.last_error = None, Exchange.last_error  # their tracebacks lead back here
             self.forget_body(exchange)  # but it stays where it is: a thread may be sending it
             exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
             exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)

@@ -33,6 +33,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def sockets(pid: int) -> int:
+    """Return how many sockets the process *pid* has open."""
+    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    return sum(link.startswith("socket:") for link in links)
+
+
 def is_open(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), 10).close()
@@ -62,6 +68,34 @@ class WorkersTest(unittest.TestCase):
             self.assertEqual(answer.status, 200)
         self.assertEqual(len(self.upstream.requests), 8)
         self.assertEqual(proxy.stop(), 0)
+
+    def test_connections_are_shared_evenly(self) -> None:
+        """Both wake for each, and the quicker one is mostly the same."""
+        proxy = self.start(self.upstream)
+        workers = children(proxy.process.pid)
+        before = [sockets(pid) for pid in workers]
+        clients = [support.RawClient(proxy.port) for _ in range(40)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.send(support.build_request("GET", "/health", None))
+            self.assertEqual(client.read_answer("GET").status, 200)
+        counts = [sockets(pid) - count for pid, count in zip(workers, before)]
+        self.assertEqual(sum(counts), 40)
+        self.assertLessEqual(max(counts) - min(counts), 10, counts)
+
+    def test_one_worker_alone_takes_all_while_the_other_is_stopped(self) -> None:
+        proxy = self.start(self.upstream)
+        first, _ = children(proxy.process.pid)
+        os.kill(first, signal.SIGSTOP)
+        self.addCleanup(os.kill, first, signal.SIGCONT)
+        clients = [support.RawClient(proxy.port) for _ in range(20)]
+        started = time.monotonic()
+        for client in clients:
+            self.addCleanup(client.close)
+            client.send(support.build_request("GET", "/health", None))
+            self.assertEqual(client.read_answer("GET").status, 200)
+        self.assertLess(time.monotonic() - started, 5)
+        os.kill(first, signal.SIGCONT)
 
     def test_a_dead_worker_is_replaced_and_named_in_one_line(self) -> None:
         proxy = self.start(self.upstream)

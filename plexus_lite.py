@@ -3140,9 +3140,10 @@ class Transport(urllib.request.BaseHandler):
 
     def release(self, connection: UpstreamConnection) -> None:
         """Take back a connection whose answer has been read to its end.  In the loop's thread, as the next three."""
-        connection.idle_since, connection.reused = time.monotonic(), True
-        if isinstance(connection.sock, ssl.SSLSocket):  # TLS 1.3 sends tickets after the handshake: now they are here
+        # TLS 1.3 sends tickets after the handshake: now they are here.  Once: to copy a session takes 100 us.
+        if isinstance(connection.sock, ssl.SSLSocket) and not connection.reused:
             self._sessions[connection.origin] = connection.sock.session
+        connection.idle_since, connection.reused = time.monotonic(), True
         with self._lock:
             idle = self._idle[connection.origin]
             is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN

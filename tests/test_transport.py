@@ -272,7 +272,6 @@ class PoolIdleTest(TransportTest):
         transport.release(plexus_lite.UpstreamConnection(pairs[2][0], ("http", "up.example", "up")))
         self.assertEqual([ours.fileno() < 0 for ours, _ in pairs], [True, True, True])
 
-
     def test_the_session_of_a_tls_connection_is_copied_once(self):
         """To copy one takes a tenth of a millisecond, more than all else that a release does."""
         transport = plexus_lite.Transport(plexus_lite.parse_config(make_config("http://up.example/v1")), self.fail)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import select
 import signal
@@ -212,6 +213,17 @@ class CommandLineTest(ServerTest):
         self.assertNotIn("from-variable.json", with_option.stderr)
         self.assertEqual(without.returncode, 2)
         self.assertIn("from-variable.json", without.stderr)
+
+
+class MemoryTest(ServerTest):
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "another C library keeps what has become free")
+    def test_the_script_s_syntax_tree_does_not_stay(self):
+        """A third of the memory; the interpreter keeps it until the script ends."""
+        proxy = self.start()
+        self.assertEqual(get(proxy.port, "/health").status, 200)
+        with open(f"/proc/{proxy.process.pid}/status", encoding="ascii") as file:
+            (resident,) = (int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+        self.assertLess(resident, 35 * 1024)
 
 
 class BadConfigTest(ServerTest):

@@ -3673,7 +3673,7 @@ class Exchange:
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
         self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
-        self.parts: List[bytes] = []  # of the body, until all of it is here
+        self.begun = bytearray()  # the body, until all of it is here
 
     def digest(self, fleet: Fleet) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
@@ -3882,7 +3882,8 @@ class ClientConnection:
             if exchange.reader.done or exchange.size > SMALL_BODY_BYTES:
                 raise exchange.refusal
             return True
-        exchange.parts.append(payload)
+        if exchange.size > len(payload) or not exchange.reader.done:  # it has not come in one piece
+            exchange.begun += payload
         exchange.held += len(payload)
         self.app.body_bytes += len(payload)
         if exchange.size > limits.max_body_bytes:
@@ -3891,8 +3892,8 @@ class ClientConnection:
             message = f"the request bodies under way fill limits.max_buffered_bytes ({limits.max_buffered_bytes})"
             raise ProxyError("overloaded", message)
         if exchange.reader.done:
-            exchange.body = payload if exchange.size == len(payload) else b"".join(exchange.parts)
-            exchange.parts = []
+            exchange.body = bytes(exchange.begun) or payload
+            exchange.begun = bytearray()
             self.go_on(exchange)
         return not exchange.reader.done
 
@@ -4033,7 +4034,7 @@ class ClientConnection:
     def forget_body(self, exchange: Exchange) -> None:
         """Count the body no longer: nobody will be sent it again."""
         self.app.body_bytes -= exchange.held
-        exchange.held, exchange.parts = 0, []
+        exchange.held, exchange.begun = 0, bytearray()
 
     def _shut(self) -> None:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,

@@ -29,18 +29,18 @@ Table of contents (each room uses only rooms above it; everything above the wate
      4  Messages        HTTP/1.1 and JSON readers: bytes in, values or an error out
      5  Policy          routes, keys, session value, headers both ways, the model's span
      6  Placement       which upstream gets a conversation
-     7  Observation     usage, why a request missed the cache, log record, metrics
+     7  Observation     usage, why a request missed the cache, log record, metrics, the page's figures
      --- waterline ---
      8  Credentials     keys in files, Codex sign-ins
-     9  Transport       the loop; urllib opener over pooled connections, TLS, forward proxies
+     9  Transport       the loop; urllib opener over pooled connections, TLS both ways, forward proxies, libzstd
     10  Relay           client connections, answers, backpressure, timeouts
     11  Handler         read, route, place, forward
-    12  Server          listen, accept, reload, drain, stop, workers
+    12  Server          log, listen, accept, observe, reload, drain, stop, workers
     13  Demo            the built-in upstream behind demo://
     14  Page            the status page
     15  Report          what access logs say
     16  Check           the doctor: is every upstream reachable
-    17  CLI             options, init, main
+    17  CLI             options, the configuration file, commands, main
 
 What it does not do: translate between APIs, retry after the first byte, keep state on disk, store or log a prompt,
 cache an answer, contact anything that the configuration does not name.
@@ -209,7 +209,7 @@ EXIT_CANNOT_LISTEN: Final = 3
 EXIT_INTERRUPTED: Final = 130  # 128 and SIGINT, as shells say it
 
 # ---------------------------------------------------------------------------
-# 2  Errors -- ProxyError and its kinds, ConfigError.  Nothing but names, statuses and codes.
+# 2  Errors -- ProxyError and its kinds, ClientGone, ConfigError.  Nothing but names, statuses and codes.
 # ---------------------------------------------------------------------------
 
 # code: (status, OpenAI's type, whether the connection closes because it can no longer be in step)
@@ -294,8 +294,9 @@ class ConfigError(Exception):
 
 
 # ---------------------------------------------------------------------------
-# 3  Config -- Config, Limits, Provider, Key, Alias, Target; parse_config, expand_variables.  Decoded JSON in, values
-#    out; knows no file.  The name, default, check and description of a key stand together.
+# 3  Config -- Config, Limits, Provider, Key, Alias, Target; parse_config, expand_variables, targets_of,
+#    render_reference.  Decoded JSON in, values out; knows no file.  The name, default, check and description of a key
+#    stand together.
 # ---------------------------------------------------------------------------
 
 APIS: Final = ("responses", "chat")
@@ -867,8 +868,9 @@ def render_reference() -> str:
 
 
 # ---------------------------------------------------------------------------
-# 4  Messages -- Headers, read_request_head, read_answer_head, body readers, parse_json_body, decode_content.
+# 4  Messages -- Headers, read_request_head, read_answer_head, body readers, JsonBody, parse_json_body, decode_content.
 #    Bytes in, values or an error out.  What two parsers could read differently is refused (RFC 9112 2 to 7, 11.2).
+#    Of JSON, what the turn before had (Seen) is not parsed again.
 # ---------------------------------------------------------------------------
 
 Field = Tuple[str, str]
@@ -1662,7 +1664,8 @@ def render_json(value: Any) -> bytes:
 
 # ---------------------------------------------------------------------------
 # 6  Placement -- rendezvous_score, plan_targets, is_pinned, cooldown_s, fingerprint_of; Remembered, Fleet.
-#    Decisions are functions of targets, load and clock; Fleet holds what they look at, each map behind its own lock.
+#    Decisions are functions of targets, load and clock; Fleet holds what they look at, and what bodies consisted of,
+#    each map behind its own lock.
 # ---------------------------------------------------------------------------
 
 
@@ -1915,7 +1918,7 @@ class Fleet:
 
 
 # ---------------------------------------------------------------------------
-# 7  Observation -- new_record, ResponseIds, UsageReader, miss_reason, SessionTable, Tally, render_metrics,
+# 7  Observation -- new_record, ResponseIds, UsageReader, digest_body, miss_reason, SessionTable, Tally, render_metrics,
 #    render_status, render_line.  Copies of what passes in, values out; the relay never waits for it.
 # ---------------------------------------------------------------------------
 
@@ -2821,8 +2824,8 @@ class Credentials:
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Loop; Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
-#    connect_tcp, open_tunnel, start_tls; load_zstd.  Knows no client and no policy.  The errors of the operating
-#    system and of TLS become those of room 2 here, and nowhere else.
+#    connect_tcp, open_tunnel, start_tls; make_server_context; load_zstd.  Knows no client and no policy.  What an
+#    error of the system or of TLS on that way means is said here (reason_of), and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -3591,8 +3594,9 @@ def load_zstd() -> Optional[Coding]:
 
 
 # ---------------------------------------------------------------------------
-# 10  Relay -- ClientConnection, Exchange, Answer, Feed: client sockets and running answers, all in the loop's thread.
-#    Nothing here blocks: not a send to a slow reader, not the wait for a first byte.
+# 10  Relay -- State, Exchange, ClientConnection, Answer, Feed: client sockets and running answers, all in the loop's
+#    thread; an exchange goes to a handler and back.  Nothing here blocks: not a send to a slow reader, not the wait for
+#    a first byte.
 # ---------------------------------------------------------------------------
 
 
@@ -4459,8 +4463,8 @@ def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[
 
 # ---------------------------------------------------------------------------
 # 11  Handler -- admit, place, Handler: a turn of a request: route, key, JSON, policy, placement, send.  In the loop if
-#     it is small and has to wait for nothing, else in a thread.
-#     Every ProxyError ends here (or in room 10, for what cannot be read) as an answer.
+#    it is small and has to wait for nothing, else in a thread.  Every ProxyError ends here (or in room 10, for what
+#    cannot be read) as an answer.
 # ---------------------------------------------------------------------------
 
 
@@ -4768,7 +4772,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---------------------------------------------------------------------------
-# 12  Server -- Log, listen, Server, Supervisor: accept, hand to threads, reload, drain, stop; several workers.
+# 12  Server -- Shared, Log, listen, Server, Supervisor: accept, handle in the loop or hand to threads, observe what has
+#    ended, reload, drain, stop; several workers.
 # ---------------------------------------------------------------------------
 
 LEVELS: Final = ("error", "warning", "info", "debug")
@@ -6215,7 +6220,8 @@ def render_checkups(found: Mapping[str, Any], width: int) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- main, parse_options, load_state, STARTER, HELP: options, the configuration file, exit codes.
+# 17  CLI -- STARTER, HELP, parse_options, read_config, make_state, load_state, the commands, main: options, the
+#    configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
 STARTER: Final = """\

@@ -165,6 +165,7 @@ HIGH_WATER_BYTES: Final = 256 * KIB  # unsent answer bytes of one client at whic
 PIPELINE_BYTES: Final = 64 * KIB  # bytes of further requests kept while one is being answered
 REQUEST_LINE_BYTES: Final = 16 * KIB  # RFC 9112 3 asks for at least 8000
 CHUNK_LINE_BYTES: Final = 4 * KIB  # chunk size with extensions; real ones have under 20
+LARGE_BODY_BYTES: Final = 8 * MIB  # what it took to collect it is given back first: to parse it takes twice as much
 SMALL_BODY_BYTES: Final = 256 * KIB  # a refused request's body up to this is read, so that the connection stays in step
 HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: to fail over, to mask our key
 MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what follows: 50,000 empty ones take minutes
@@ -182,9 +183,8 @@ RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; dou
 # so few are looked at together, once, and the older ones seldom.
 GC_THRESHOLDS: Final = (2000, 100, 10)
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
-YIELD_S: Final = (
-    0.005  # workers with fewer clients may take new ones first; all wake for each, and the quickest had most
-)
+# All workers wake for each new connection, and the quickest had most of them: those with fewer may take it first.
+YIELD_S: Final = 0.005
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -3600,6 +3600,15 @@ def load_zstd() -> Optional[Coding]:
 # ---------------------------------------------------------------------------
 
 
+def trim_heap() -> None:
+    """Let glibc give back to the system what is free in its heap, also between what is in use; it would keep it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # no ctypes, another C library
+            import ctypes
+
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def own_fields() -> List[Field]:
     """Return the fields of an answer that is our own (RFC 9110 6.6.1: an origin server sends Date)."""
     return [("Content-Type", "application/json"), ("Date", email.utils.formatdate(usegmt=True))]
@@ -3898,6 +3907,8 @@ class ClientConnection:
         if exchange.reader.done:
             exchange.body = bytes(exchange.begun) or payload
             exchange.begun = bytearray()
+            if exchange.size > LARGE_BODY_BYTES:
+                trim_heap()
             self.go_on(exchange)
         return not exchange.reader.done
 
@@ -6511,14 +6522,9 @@ def run_main(*_: object) -> None:
     """Be the hook for the exception below, which ends the script before the program begins.
 
     CPython keeps the syntax tree of a script until the script has ended: 13 MB of this one, a third of all that the
-    program takes.  A hook runs after that, in the main thread of an interpreter that is as it was; glibc is asked to
-    give back what has become free, since it lies between what is still in use.
+    program takes.  A hook runs after that, in the main thread of an interpreter that is as it was.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(ImportError, OSError, AttributeError):  # no ctypes, another C library
-            import ctypes
-
-            ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     raise SystemExit(main())
 
 

@@ -200,12 +200,13 @@ class ReasonsTest(ViewCase):
         self.ask("session", stream=True, metadata={"raw": ["data: {}\n\n"], "end": False, "cut": True})
         self.assertEqual(self.ask("session", metadata={"tokens": (5000, 0)})["miss_reason"], "unknown")
 
-    def test_no_digests_are_taken_of_a_body_over_8_mib(self) -> None:
+    def test_a_change_is_seen_however_large_the_body_is(self) -> None:
         self.start()
-        for filler, reason in (("x" * 1024, "prefix_changed"), ("x" * (8 << 20), "unknown")):
-            self.ask(filler[:50] + reason, metadata={"tokens": (5000, 0)}, input=[filler])
-            record = self.ask(filler[:50] + reason, metadata={"tokens": (5000, 0)}, input=["y" + filler])
-            self.assertEqual(record["miss_reason"], reason)
+        for number, filler in enumerate(("x" * 1024, "x" * (9 << 20))):
+            usage = {"tokens": (5000, 0)}
+            self.ask(f"session {number}", metadata=usage, input=[filler, "b"])
+            record = self.ask(f"session {number}", metadata=usage, input=[filler, "c"])
+            self.assertEqual((record["miss_reason"], record["prefix_changed_at"]), ("prefix_changed", 1))
 
     def test_every_reason_and_no_false_one(self) -> None:
         self.start(upstreams=2)

@@ -73,6 +73,7 @@ class WorkersTest(unittest.TestCase):
         """Both wake for each, and the quicker one is mostly the same."""
         proxy = self.start(self.upstream)
         workers = children(proxy.process.pid)
+        wait_until(lambda: min(map(sockets, workers)) > 2, "both have the listener and a pair to wake them")
         clients = [support.RawClient(proxy.port) for _ in range(40)]
         for client in clients:
             self.addCleanup(client.close)

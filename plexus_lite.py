@@ -1284,7 +1284,8 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
             start = colon.end()
         if name == "model" and name in members:
             raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-        size, number = seen.values.get(name, NO_SPAN)
+        # Only the first of a name: each look costs the length of what was seen, and a body may have a million of them.
+        size, number = NO_SPAN if name in members else seen.values.get(name, NO_SPAN)
         is_seen = size > 0 and hash(view[start : start + size]) == number
         position = start + size if is_seen else start
         if is_seen:

@@ -3970,6 +3970,8 @@ class ClientConnection:
 
     def send(self, wire: bytes) -> None:
         """Send what the client takes now and keep the rest; never blocks."""
+        if not wire:  # only a part of a chunk's head came: 3.8 and 3.9 take it for an error to send nothing over TLS
+            return
         sent = 0 if self.unsent else self._offer(wire)
         if sent < len(wire) and not self.is_closed:
             self.unsent += memoryview(wire)[sent:]

@@ -4399,6 +4399,8 @@ class Answer:
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
+            if self.upstream and self.upstream.connecting:  # what its name means by now may answer
+                self.exchange.state.transport.forget_address(self.upstream)
             what = "no answer" if self._timeout == "first_byte_timeout_s" else "no connection"
             what = f"gave {what} within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))

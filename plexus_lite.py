@@ -4027,6 +4027,7 @@ class ClientConnection:
             if error:
                 exchange.fail(error)
             exchange.refusal, exchange.last_error = None, Exchange.last_error  # their tracebacks lead back here
+            exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
             self.forget_body(exchange)  # but it stays where it is: a thread may be sending it
             exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
             exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)

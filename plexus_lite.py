@@ -4730,7 +4730,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             keep_turn_state = exchange.turn_owner == target.place
         else:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({one.provider.account_name() for one in exchange.targets}) == 1
-        is_edited = exchange.json is not None and exchange.model != target.model
+        parsed = exchange.json  # once: the loop forgets it if the client leaves meanwhile
+        is_edited = parsed is not None and exchange.model != target.model
         fields = outbound_fields(
             exchange.headers,
             target.provider,
@@ -4742,8 +4743,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             key_fields=exchange.identity.fields,
         )
         body = exchange.body if head.method == "POST" else None
-        if exchange.json and is_edited:
-            body = replace_model(exchange.json, target.model)
+        if parsed and is_edited:
+            body = replace_model(parsed, target.model)
         return OutboundRequest(
             target,
             exchange.route.path + head.query,

@@ -197,6 +197,7 @@ LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
 MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
+SEEN_DIGESTS_BYTES: Final = 64 * KIB  # of one body: more than 16,000 items are no conversation, and 2000 such add up
 SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
@@ -3682,7 +3683,7 @@ class Exchange:
             return
         if self.session.value is not None and not self.prefix:
             self.prefix, seen = digest_body(body)
-            if len(body.raw) >= SEEN_BYTES:
+            if len(body.raw) >= SEEN_BYTES and len(seen.digests) <= SEEN_DIGESTS_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
             self.json = body._replace(members={}, lists={})

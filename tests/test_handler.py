@@ -393,6 +393,19 @@ class LeavingTest(unittest.TestCase):
         self.assertEqual(handler.outbound_request(target, True).body, b'{"model": "gpt-test"}')
 
 
+class SeenTest(unittest.TestCase):
+    def test_a_body_of_very_many_items_is_not_remembered(self):
+        """Each item costs 4 bytes for as long as its session is remembered: as much as the body itself."""
+        for count, is_remembered in ((16_000, True), (100_000, False)):
+            raw = b'{"model":"m","input":[%b]}' % b",".join([b"1"] * count)
+            fleet, state = plexus_lite.Fleet(), types.SimpleNamespace()
+            one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0)  # type: ignore[arg-type]
+            one.session, one.json = plexus_lite.Session("s", "session-id"), plexus_lite.parse_json_body(raw)
+            one.digest(fleet)
+            self.assertEqual(fleet.seen.get(one.session.digest or "", 0.0) is not None, is_remembered)
+            self.assertTrue(one.prefix)
+
+
 class OwnAnswersTest(HandlerTest):
     """Models, health, WebSockets, and all that is refused."""
 

@@ -198,6 +198,7 @@ LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 ke
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
 MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
 SEEN_DIGESTS_BYTES: Final = 64 * KIB  # of one body: more than 16,000 items are no conversation, and 2000 such add up
+MAX_SPANS: Final = 20_000  # of an array, more than are remembered: each takes 128 bytes, for items of two bytes, too
 SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
@@ -1240,8 +1241,8 @@ class JsonBody(NamedTuple):
 def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[List[Span], int]:
     """Return where the elements of the array at *position* stand, and where it ends.
 
-    With *is_inside*, *position* is the end of one of its elements, and only those behind it are returned.  Each is
-    parsed and dropped at once: the thousand objects of a prompt need not exist together.
+    With *is_inside*, *position* is the end of one of its elements, and only those behind it are returned, MAX_SPANS at
+    most.  Each is parsed and dropped at once: the thousand objects of a prompt need not exist together.
     """
     spans: List[Span] = []
     if not is_inside:
@@ -1253,7 +1254,8 @@ def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[L
         if not is_inside:
             start = position
             _, position = scan(text, start)
-            spans.append((start, position))
+            if len(spans) < MAX_SPANS:
+                spans.append((start, position))
         is_inside = False
         if text.startswith(",{", position):  # as most clients write it; takes a third of the time
             position += 1

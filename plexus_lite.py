@@ -197,6 +197,8 @@ LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
 MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
+SEEN_DIGESTS_BYTES: Final = 64 * KIB  # of one body: more than 16,000 items are no conversation, and 2000 such add up
+MAX_SPANS: Final = 20_000  # of an array, more than are remembered: each takes 128 bytes, for items of two bytes, too
 SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
 CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
@@ -1241,8 +1243,8 @@ class JsonBody(NamedTuple):
 def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[List[Span], int]:
     """Return where the elements of the array at *position* stand, and where it ends.
 
-    With *is_inside*, *position* is the end of one of its elements, and only those behind it are returned.  Each is
-    parsed and dropped at once: the thousand objects of a prompt need not exist together.
+    With *is_inside*, *position* is the end of one of its elements, and only those behind it are returned, MAX_SPANS at
+    most.  Each is parsed and dropped at once: the thousand objects of a prompt need not exist together.
     """
     spans: List[Span] = []
     if not is_inside:
@@ -1254,7 +1256,8 @@ def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[L
         if not is_inside:
             start = position
             _, position = scan(text, start)
-            spans.append((start, position))
+            if len(spans) < MAX_SPANS:
+                spans.append((start, position))
         is_inside = False
         if text.startswith(",{", position):  # as most clients write it; takes a third of the time
             position += 1
@@ -1286,7 +1289,8 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
             start = colon.end()
         if name == "model" and name in members:
             raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
-        size, number = seen.values.get(name, NO_SPAN)
+        # Only the first of a name: each look costs the length of what was seen, and a body may have a million of them.
+        size, number = NO_SPAN if name in members else seen.values.get(name, NO_SPAN)
         is_seen = size > 0 and hash(view[start : start + size]) == number
         position = start + size if is_seen else start
         if is_seen:
@@ -3695,7 +3699,7 @@ class Exchange:
             return
         if self.session.value is not None and not self.prefix:
             self.prefix, seen = digest_body(body)
-            if len(body.raw) >= SEEN_BYTES:
+            if len(body.raw) >= SEEN_BYTES and len(seen.digests) <= SEEN_DIGESTS_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
             self.json = body._replace(members={}, lists={})
@@ -3986,6 +3990,8 @@ class ClientConnection:
 
     def send(self, wire: bytes) -> None:
         """Send what the client takes now and keep the rest; never blocks."""
+        if not wire:  # only a part of a chunk's head came: 3.8 and 3.9 take it for an error to send nothing over TLS
+            return
         sent = 0 if self.unsent else self._offer(wire)
         if sent < len(wire) and not self.is_closed:
             self.unsent += memoryview(wire)[sent:]
@@ -4041,6 +4047,7 @@ class ClientConnection:
             if error:
                 exchange.fail(error)
             exchange.refusal, exchange.last_error = None, Exchange.last_error  # their tracebacks lead back here
+            exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
             self.forget_body(exchange)  # but it stays where it is: a thread may be sending it
             exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
             exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
@@ -4413,6 +4420,8 @@ class Answer:
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
+            if self.upstream and self.upstream.connecting:  # what its name means by now may answer
+                self.exchange.state.transport.forget_address(self.upstream)
             what = "no answer" if self._timeout == "first_byte_timeout_s" else "no connection"
             what = f"gave {what} within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))
@@ -4741,7 +4750,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             keep_turn_state = exchange.turn_owner == target.place
         else:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({one.provider.account_name() for one in exchange.targets}) == 1
-        is_edited = exchange.json is not None and exchange.model != target.model
+        parsed = exchange.json  # once: the loop forgets it if the client leaves meanwhile
+        is_edited = parsed is not None and exchange.model != target.model
         fields = outbound_fields(
             exchange.headers,
             target.provider,
@@ -4753,8 +4763,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             key_fields=exchange.identity.fields,
         )
         body = exchange.body if head.method == "POST" else None
-        if exchange.json and is_edited:
-            body = replace_model(exchange.json, target.model)
+        if parsed and is_edited:
+            body = replace_model(parsed, target.model)
         return OutboundRequest(
             target,
             exchange.route.path + head.query,

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import sys
+import types
 import unittest
 import zlib
 from typing import Any, Dict, List, Tuple
@@ -19,6 +20,7 @@ from tests.support import (
     build_request,
     exchange,
     get,
+    make_config,
     post,
     response_events,
     response_object,
@@ -367,6 +369,41 @@ class MainJobTest(HandlerTest):
         self.assertIn("/responses", message)
         self.assert_error(self.post({"model": "gpt-new"}, path="/v1/chat/completions"), 404, "model_not_found")
         self.assertEqual(self.sent({"model": "gpt-chat"}, path="/v1/chat/completions").target, "/v1/chat/completions")
+
+
+class LeavingTest(unittest.TestCase):
+    def test_a_client_that_leaves_while_its_request_is_made(self):
+        """Then the loop forgets the JSON body under the thread's hands: no error, and no half of a change."""
+        config = plexus_lite.parse_config(make_config("http://127.0.0.1:1/v1"))
+        (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
+        raw = b'{"model": "alias"}'
+
+        class Leaving(plexus_lite.Exchange):
+            looks = 0
+            json = property(lambda self: self.looked())
+
+            def looked(self) -> Any:
+                self.looks += 1
+                return plexus_lite.parse_json_body(raw) if self.looks == 1 else None
+
+        state: Any = types.SimpleNamespace(credentials=types.SimpleNamespace(fields=lambda *_: ()))
+        handler: Any = object.__new__(plexus_lite.Handler)
+        handler.exchange = Leaving(plexus_lite.NO_HEAD._replace(method="POST"), state, "", 0.0)
+        handler.exchange.model, handler.exchange.body, handler.exchange.targets = "alias", raw, (target,)
+        self.assertEqual(handler.outbound_request(target, True).body, b'{"model": "gpt-test"}')
+
+
+class SeenTest(unittest.TestCase):
+    def test_a_body_of_very_many_items_is_not_remembered(self):
+        """Each item costs 4 bytes for as long as its session is remembered: as much as the body itself."""
+        for count, is_remembered in ((16_000, True), (100_000, False)):
+            raw = b'{"model":"m","input":[%b]}' % b",".join([b"1"] * count)
+            fleet, state = plexus_lite.Fleet(), types.SimpleNamespace()
+            one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0)  # type: ignore[arg-type]
+            one.session, one.json = plexus_lite.Session("s", "session-id"), plexus_lite.parse_json_body(raw)
+            one.digest(fleet)
+            self.assertEqual(fleet.seen.get(one.session.digest or "", 0.0) is not None, is_remembered)
+            self.assertTrue(one.prefix)
 
 
 class OwnAnswersTest(HandlerTest):

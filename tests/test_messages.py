@@ -620,6 +620,23 @@ class JsonBodies(Refusals):
             body = plexus_lite.parse_json_body(raw, seen)
             self.assertEqual(body, plexus_lite.parse_json_body(raw))
 
+    def test_what_is_kept_of_an_array_is_bounded(self):
+        """A body of 100 MiB may have 50 million elements; all are parsed, the places of the first are kept."""
+        raw = b'{"input":[%b]}' % b",".join([b"1"] * 50_000)
+        self.assertEqual(len(plexus_lite.parse_json_body(raw).items.spans), plexus_lite.MAX_SPANS)
+        self.assertRefused("invalid_json", plexus_lite.parse_json_body, raw.replace(b"1]", b"01]"))
+
+    def test_a_name_that_stands_often_is_looked_up_once(self):
+        """Else each of a million members costs a hash of all that was seen: hours for one body."""
+        raw = b'{"model":"m","instructions":"long"}'
+        seen = plexus_lite.digest_body(plexus_lite.parse_json_body(raw))[1]
+        for value in (b"1", b'"long"'):
+            often = b'{"model":"m",%b}' % b",".join([b'"instructions":%b' % value] * 5)
+            with unittest.mock.patch.object(plexus_lite, "hash", create=True, side_effect=hash) as looks:
+                body = plexus_lite.parse_json_body(often, seen)
+            self.assertEqual(looks.call_count, 1)
+            self.assertEqual(body.part("instructions"), value)
+
     def test_what_was_seen_excuses_nothing(self):
         raw = '{"model":"m","input":[{"a":"\u00e4"}],"x":1}'.encode()
         seen = plexus_lite.digest_body(plexus_lite.parse_json_body(raw))[1]

@@ -121,6 +121,17 @@ class OwnTlsTest(unittest.TestCase):
             self.assertEqual(client.read_answer().json(), {"text": text})
         self.assertEqual([one.json()["input"] for one in self.upstream.requests], ["x", "x" * 100_000, "x" * 3_000_000])
 
+    def test_a_part_of_a_chunks_head_is_nothing_to_send_yet(self):
+        """In Python 3.8 and 3.9 it is an error to send nothing over TLS, and the answer was cut."""
+        part, rest = Pause(threading.Event()), Pause(threading.Event())
+        self.upstream.script([*stream(b"data: 1\n\n", part, end=False), b"9\r", rest, b"\ndata: 2\n\n\r\n0\r\n\r\n"])
+        client = self.client()
+        client.send(ASK)
+        client.wait_for(b"data: 1")
+        part.event.set()
+        threading.Timer(0.2, rest.event.set).start()
+        self.assertIn(b"data: 2", client.wait_for(b"\r\n0\r\n\r\n"))
+
     def test_two_requests_in_one_record(self):
         client = self.client()
         client.send(ASK + ASK)

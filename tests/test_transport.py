@@ -420,6 +420,8 @@ class KnownAddressTest(TransportTest):
         message = self.check_error(post(proxy.port, "/v1/responses", BODY), 504, "upstream_timeout")
         self.assertIn("connect_timeout_s (0.5)", message)
         self.assertTrue(0.4 < time.monotonic() - started < 4)
+        message = self.check_error(post(proxy.port, "/v1/responses", BODY), 504, "upstream_timeout")
+        self.assertIn(f"no connection to 127.0.0.1:{self.port} within", message, "it is resolved and connected to anew")
 
 
 class TlsTest(TransportTest):

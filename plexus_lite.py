@@ -3198,11 +3198,7 @@ class Transport(urllib.request.BaseHandler):
     def http_open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         # The provider stands for its forward proxy and certificates: they change only with the configuration.
         origin = (request.type, request.host, request.target.provider.name)
-        connection = None
-        if not request.fresh:
-            with self._lock:
-                idle = self._idle[origin]
-                connection = idle.pop() if idle else None
+        connection = None if request.fresh else self._take_idle(origin)
         if connection is None:
             connection = self._connect(request, origin) if request.may_wait else self._begin_connection(request, origin)
             if connection is None:
@@ -3216,6 +3212,20 @@ class Transport(urllib.request.BaseHandler):
 
     https_open = http_open
     demo_open = http_open
+
+    def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
+        """Return an idle connection on which nothing has come since the loop looked: it would be read as the answer."""
+        while True:
+            with self._lock:
+                idle = self._idle[origin]
+                connection = idle.pop() if idle else None
+            with contextlib.suppress(OSError):
+                if connection is None or receive(connection.sock) is None:
+                    return connection
+            if self.loop and connection:
+                self.loop.hand(self._close, connection)
+            elif connection:
+                connection.close()
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""

@@ -272,6 +272,22 @@ class PoolIdleTest(TransportTest):
         transport.release(plexus_lite.UpstreamConnection(pairs[2][0], ("http", "up.example", "up")))
         self.assertEqual([ours.fileno() < 0 for ours, _ in pairs], [True, True, True])
 
+    def test_a_connection_on_which_something_has_come_is_not_used(self):
+        """An answer that nobody asked for (408, say) would be taken for that to the next request."""
+        config = plexus_lite.parse_config(make_config("http://up.example/v1"))
+        transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
+        request = plexus_lite.OutboundRequest(target, "/models", "GET", [], may_wait=False)
+        for said, is_used in ((b"", True), (b"HTTP/1.1 408 Request Timeout\r\n\r\n", False)):
+            ours, theirs = socket.socketpair()
+            self.addCleanup(theirs.close)
+            self.addCleanup(ours.close)
+            ours.setblocking(False)
+            transport.release(plexus_lite.UpstreamConnection(ours, ("http", "up.example", "up")))
+            theirs.send(said)
+            self.assertEqual(transport.send(request) is not None, is_used, said)
+            self.assertEqual(ours.fileno() >= 0, is_used)
+
     def test_the_session_of_a_tls_connection_is_copied_once(self):
         """To copy one takes a tenth of a millisecond, more than all else that a release does."""
         transport = plexus_lite.Transport(plexus_lite.parse_config(make_config("http://up.example/v1")), self.fail)

@@ -1275,7 +1275,8 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
     members: Dict[str, Any] = {}
     spans: Dict[str, Span] = {}
     lists: Dict[str, Items] = {}
-    view, unseen, begin = memoryview(raw), b"", 0  # unseen: what stands before *begin* and was not seen
+    view, begin = memoryview(raw), 0
+    unseen: List[Span] = []  # what stands before *begin* and was not seen
     scan: Scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     position, mark = 0, "{"
     found = JSON_NAME.match(text)
@@ -1294,7 +1295,8 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
         is_seen = size > 0 and hash(view[start : start + size]) == number
         position = start + size if is_seen else start
         if is_seen:
-            unseen, begin = unseen + raw[begin:start], position
+            unseen.append((begin, start))
+            begin = position
         if name in LISTS:
             lists.pop(name, None)  # of two members of a name, the last one counts
         if name in LISTS and text.startswith("[", start):
@@ -1307,9 +1309,9 @@ def scan_body(raw: bytes, text: str, seen: Seen) -> Optional[JsonBody]:
             members[name], position = scan(text, start)
         spans[name] = (start, position)
         found, mark = JSON_NAME.match(text, position), ","
-    unseen = unseen + raw[begin:] if begin else raw
-    if not unseen.isascii():
-        unseen.decode()
+    if not raw.isascii():
+        for start, end in (*unseen, (begin, len(raw))):
+            raw[start:end].decode()
     is_whole = (JSON_END if members else JSON_EMPTY).fullmatch(text, position)
     return JsonBody(raw, members, spans, lists) if is_whole else None
 
@@ -3620,7 +3622,11 @@ def trim_heap() -> None:
         with contextlib.suppress(ImportError, OSError, AttributeError):  # no ctypes, another C library
             import ctypes
 
-            ctypes.CDLL(None).malloc_trim(0)
+            libc = ctypes.CDLL(None)
+            # Fixed, or each large block that is freed lets glibc keep more: what has 1 MiB and more goes back at once.
+            libc.mallopt(-3, MIB)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 4 * MIB)  # M_TRIM_THRESHOLD
+            libc.malloc_trim(0)
 
 
 def own_fields() -> List[Field]:

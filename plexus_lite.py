@@ -5252,6 +5252,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _tick(self, now: float) -> None:
         for client in list(self.clients):
             self.loop.guard(client.tick, now)
+        self._shared.clients[self._number] = len(self.clients)  # some have left
         self._observe_ended()  # on a busy day it is never quiet
         self.state.transport.expire(now)
         if self._shared.workers > 1:

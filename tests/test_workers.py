@@ -6,8 +6,10 @@ import socket
 import threading
 import time
 import unittest
+import unittest.mock
 from typing import List
 
+import plexus_lite
 from tests import support
 
 
@@ -82,6 +84,14 @@ class WorkersTest(unittest.TestCase):
         counts = [sockets(pid) for pid in workers]  # with a few of their own, equally many
         self.assertGreaterEqual(sum(counts), 40)
         self.assertGreater(min(counts), 6, counts)  # without taking turns one has hardly any; a busy machine is uneven
+
+    def test_who_has_left_is_not_counted(self) -> None:
+        """Or a worker whose clients have all gone would be passed over, and the other one take all that come."""
+        shared = plexus_lite.Shared(2)
+        server = unittest.mock.Mock(_shared=shared, _number=1, clients={unittest.mock.Mock()}, _draining=False)
+        shared.clients[1], shared.supervisor = 9, os.getppid()
+        plexus_lite.Server._tick(server, 1.0)
+        self.assertEqual(list(shared.clients), [0, 1])
 
     def test_one_worker_alone_takes_all_while_the_other_is_stopped(self) -> None:
         proxy = self.start(self.upstream)

@@ -6411,9 +6411,12 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
+# Python 3.14 has taken __file__ away by the time that run_main begins.
+CONFIG_BESIDE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+
+
 def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
-    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(beside)
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(CONFIG_BESIDE)
     try:
         return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:

@@ -85,6 +85,9 @@ def top_level_names() -> Dict[str, int]:
 def module_names_used(table: Any) -> Iterator[Tuple[str, int]]:
     """Yield (name, line of the scope) for each module-level name that a scope inside *table* uses."""
     for child in table.get_children():
+        # Since Python 3.14 the annotations of a module are a scope, too, which begins at the first of them.
+        if (table.get_name(), child.get_name()) == ("top", "__annotate__"):
+            continue
         for symbol in child.get_symbols():
             if symbol.is_global() and symbol.is_referenced():
                 yield symbol.get_name(), child.get_lineno()

@@ -3190,8 +3190,9 @@ class Transport(urllib.request.BaseHandler):
         self.expire(math.inf)
 
     def _close(self, connection: UpstreamConnection) -> None:
+        """Close what is, or was, in the pool; in any thread."""
         if self.loop:
-            self.loop.close(connection.sock)
+            self.loop.hand(self.loop.close, connection.sock)
         else:
             connection.close()
 
@@ -3221,13 +3222,12 @@ class Transport(urllib.request.BaseHandler):
             with self._lock:
                 idle = self._idle[origin]
                 connection = idle.pop() if idle else None
+            if connection is None:
+                return None
             with contextlib.suppress(OSError):
-                if connection is None or receive(connection.sock) is None:
+                if receive(connection.sock) is None:
                     return connection
-            if self.loop and connection:
-                self.loop.hand(self._close, connection)
-            elif connection:
-                connection.close()
+            self._close(connection)
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""

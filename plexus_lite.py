@@ -1228,7 +1228,7 @@ class JsonBody(NamedTuple):
 
     def part(self, name: str) -> bytes:
         """Return the value of the member *name* as it stands there; one that is not there is null."""
-        start, end = self.spans.get(name, (0, 0))
+        start, end = self.spans.get(name, NO_SPAN)
         return self.raw[start:end] or b"null"
 
     def prompt(self) -> str:
@@ -1812,7 +1812,7 @@ def is_bound(body: JsonBody) -> bool:
     encrypted_content may lie at any depth of the input.  An unescaped quote cannot stand inside a JSON string, so in
     text that has been parsed this search finds members only, and needs no second parse.
     """
-    start, end = body.spans.get("input", (0, 0))
+    start, end = body.spans.get("input", NO_SPAN)
     return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
@@ -2183,7 +2183,7 @@ def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
     # Values whose end is not told by what follows, and not the model: that is looked at each time.
     whole = [member for member in PREFIX_MEMBERS[1:] if body.part(member)[:1] in (b'"', b"[", b"{")]
     values = {member: (len(body.part(member)), numbers[member]) for member in whole}
-    items, start = body.items, body.spans.get(name, (0, 0))[0]
+    items, start = body.items, body.spans.get(name, NO_SPAN)[0]
     digests = items.seen + digests_of([hash(view[begin:end]) for begin, end in items.spans])
     if name not in body.lists:
         digests = digests_of([hash(body.part(name))])
@@ -3587,8 +3587,8 @@ class ZstdFrame:
 def load_zstd() -> Optional[Coding]:
     """Return how zstd is undone here: by the standard library, by the system's libzstd, or None.
 
-    Called for the first zstd body and not at the start: ctypes costs time and memory that few need.  The library is
-    asked for by its names; ctypes.util.find_library would start compilers to find it.
+    Called for the first zstd body and not at the start: few need it.  The library is asked for by its names;
+    ctypes.util.find_library would start compilers to find it.
     """
     if sys.version_info >= (3, 14):
         with contextlib.suppress(ImportError):
@@ -5199,7 +5199,10 @@ class Server(http.server.ThreadingHTTPServer):
     # -- clients ---------------------------------------------------------
 
     def _accept(self, events: int) -> None:
-        """Accept what is there, some at a time; or leave it to the workers that have fewer clients, for a moment."""
+        """Accept what is there, some at a time; or leave it to the workers that have fewer clients, for a moment.
+
+        *events* is 0 after that moment: they did not take it, and it is not left to them again.
+        """
         for _ in range(ACCEPTS):
             self._shared.clients[self._number] = len(self.clients)
             if events and min(self._shared.clients) < len(self.clients):

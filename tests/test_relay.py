@@ -33,6 +33,7 @@ from tests.support import (
     response_object,
     stream,
 )
+from tests.test_fuzz import STREAM_HEAD, TARGET, Bench, BenchSocket, begin_relay, ref_answer
 
 BODY = {"model": "gpt-test", "stream": True, "input": "x"}
 ASK = build_request("POST", "/v1/responses", BODY)
@@ -52,6 +53,10 @@ def tearDownModule():
 def wire(reply: Reply) -> bytes:
     """Return *reply* as one piece."""
     return b"".join(step for step in reply if isinstance(step, bytes))
+
+
+def chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 class LoopTest(unittest.TestCase):
@@ -331,6 +336,103 @@ class StreamingTest(RelayTest):
         self.script(answer(200, {"Content-Type": "application/octet-stream"}, b"y" * 8_000_000))
         got = post(self.proxy.port, "/v1/responses", BODY, timeout=30)
         self.assertEqual((len(got.body), got.complete), (8_000_000, True))
+
+
+class DirectTest(unittest.TestCase):
+    """Once a stream runs, a chunk of whole events that tell nothing leaves as it came."""
+
+    def run_stream(self, *reads: bytes, has_places: bool = False) -> Tuple[Bench, BenchSocket]:
+        """Let each of *reads* come by itself, after one event that came with the head."""
+        upstream = BenchSocket([STREAM_HEAD + chunk(b"data: 0\n\n")])
+        bench, _ = begin_relay(upstream, has_places=has_places)
+        bench.bench_loop.wake(upstream, plexus_lite.READ)
+        for read in reads:
+            upstream.pieces.append(read)
+            bench.bench_loop.wake(upstream, plexus_lite.READ)
+        return bench, upstream
+
+    def test_what_leaves_for_what_came(self):
+        event, long_event = b"data: 1\n\n", b"data: %b\n\n" % (b"x" * 2000)
+        other = b'data: {"usage":{"input_tokens":5}}\n\n'
+        rows = (
+            ("a whole chunk", [chunk(event)], chunk(event)),
+            ("its size in capitals", [b"7D8\r\n%b\r\n" % long_event], b"7D8\r\n%b\r\n" % long_event),
+            ("its size with zeros", [b"0009\r\n%b\r\n" % event], chunk(event)),
+            ("an extension", [b"9;a=b\r\n%b\r\n" % event], chunk(event)),
+            ("two chunks", [chunk(event) * 2], chunk(event * 2)),
+            ("two events", [chunk(event * 2)], chunk(event * 2)),
+            ("an event that tells something", [chunk(other)], chunk(other)),
+            ("half an event", [chunk(event[:4]), chunk(event[4:])], chunk(event[:4]) + chunk(event[4:])),
+            ("half a chunk", [b"9\r\ndata", b": 1\n\n\r\n"], b"4\r\ndata\r\n5\r\n: 1\n\n\r\n"),
+            ("half a size", [b"7", b"d8\r\n%b\r\n" % long_event], chunk(long_event)),
+            ("a payload that ends like a chunk", [b"b\r\ndata: 1\n\n\r\n", b"\r\n"], b"b\r\ndata: 1\n\n\r\n\r\n"),
+            ("a payload like a chunk", [b"17\r\n" + event, chunk(event), b"\r\n"], chunk(event) + chunk(chunk(event))),
+        )
+        for name, reads, wanted in rows:
+            with self.subTest(name):
+                bench, upstream = self.run_stream(*reads, chunk(event))
+                sent = bench.sock.sent.partition(b"\r\n\r\n")[2]
+                self.assertEqual(sent, chunk(b"data: 0\n\n") + wanted + chunk(event))
+                upstream.pieces.append(b"0\r\n\r\n")
+                bench.bench_loop.wake(upstream, plexus_lite.READ)
+                self.assertEqual(bench.records[0]["bytes_out"], len(ref_answer(bench.sock.sent).payload))
+                self.assertEqual(len(bench.transport.released), 1)
+
+    def test_what_is_no_chunk_is_a_cut(self):
+        for read in (
+            b"9\ndata: 1\n\n\r\n",
+            b"8\r\ndata: 1\n\n\r\n",
+            b"+9\r\ndata: 1\n\n\r\n",
+            b"9 \r\ndata: 1\n\n\r\n",
+            b"",
+        ):
+            with self.subTest(read):
+                bench, _ = self.run_stream(chunk(b"data: 1\n\n"), read)
+                self.assertTrue(bench.sock.sent.endswith(b": 1\n\n\r\n") and bench.sock.closed, bench.sock.sent)
+                self.assertRegex(bench.records[0]["error"], "upstream_(closed|invalid_response)")
+
+    def test_an_id_that_comes_late_is_remembered(self):
+        bench, _ = self.run_stream(chunk(b'data: {"response":{"id":"resp_1"}}\n\n'), has_places=True)
+        self.assertEqual(bench.fleet.owners.get(plexus_lite.text_digest("resp_1"), bench.loop.now), TARGET.place)
+
+    def test_what_the_client_does_not_take_is_kept_in_order(self):
+        events = [chunk(b"data: %d\n\n" % number) for number in range(5)]
+        for room in (0, 3, len(events[2]), len(events[2]) + 5):
+            bench, upstream = self.run_stream(events[1])
+            before = len(bench.sock.sent)
+            for event, bench.sock.room in zip(events[2:], (room, 0, 2**63)):
+                upstream.pieces.append(event)
+                bench.bench_loop.wake(upstream, plexus_lite.READ)
+            bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
+            self.assertEqual(bench.sock.sent[before:], b"".join(events[2:]))
+
+    def test_a_client_that_takes_a_little_now_and_then_is_not_stalled(self):
+        bench, upstream = self.run_stream()
+        bench.sock.room = 0
+        upstream.pieces.append(chunk(b"data: 1\n\n"))
+        bench.bench_loop.wake(upstream, plexus_lite.READ)
+        for _ in range(4):
+            bench.loop.now += 250  # stall_timeout_s is 300
+            bench.client.tick(bench.loop.now)
+            self.assertFalse(bench.sock.closed)
+            bench.sock.room = 2
+            bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
+        bench.loop.now += 301
+        bench.client.tick(bench.loop.now)
+        self.assertTrue(bench.sock.closed)
+        self.assertEqual(bench.records[0]["error"], "client_stalled")
+
+    def test_what_arrives_in_mid_stream_restarts_the_idle_time(self):
+        bench, upstream = self.run_stream(chunk(b"data: 1\n\n"))
+        for number in range(4):
+            bench.loop.now += 200  # idle_timeout_s is 300
+            upstream.pieces.append(chunk(b"data: %d\n\n" % number))
+            bench.bench_loop.wake(upstream, plexus_lite.READ)
+            bench.client.tick(bench.loop.now)
+        self.assertFalse(bench.sock.closed)
+        bench.loop.now += 301
+        bench.client.tick(bench.loop.now)
+        self.assertTrue(bench.sock.closed)
 
 
 class TruncationTest(RelayTest):

@@ -4176,6 +4176,16 @@ class ClientConnection:
         """Say whether a request is under way or an answer not yet out."""
         return self.exchange is not None or bool(self.unsent)
 
+    def can_give_way(self) -> bool:
+        """Say whether nobody would miss it: the last answer is out, or it is idle; and no byte waits to be read, which
+        on a new connection is its request, and with which a close becomes a reset."""
+        if self.is_busy or self.phase not in (Phase.IDLE, Phase.LINGERING):
+            return False
+        try:
+            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        except OSError:  # nothing there, or broken
+            return True
+
     def end_idle(self) -> None:
         """Draining: a connection without a request ends at once."""
         if self.phase == Phase.IDLE and not self.unsent:
@@ -5318,15 +5328,16 @@ class Server(http.server.ThreadingHTTPServer):
             self._accept(0)
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
-        limit = self.state.config.limits.max_connections
+        limit, shared = self.state.config.limits.max_connections, self._shared
         client = ClientConnection(self, sock, peer)
-        if len(self.clients) >= limit:
+        shared.clients[self._number] = len(self.clients)
+        # All workers together; but where they are many elsewhere, that costs no worker its own share.
+        if sum(shared.clients) >= limit and shared.workers * len(self.clients) >= limit:
             # One whose last answer is out gives way, or the one idle longest, as in nginx: its client opens another.
-            idle = [
-                other for other in self.clients if other.phase in (Phase.IDLE, Phase.LINGERING) and not other.is_busy
-            ]
+            by_use = sorted(self.clients, key=lambda other: (other.phase != Phase.LINGERING, other.idle_since))
+            idle = next((other for other in by_use if other.can_give_way()), None)
             if idle:
-                min(idle, key=lambda other: (other.phase != Phase.LINGERING, other.idle_since)).close()
+                idle.close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
         if not client.is_closed:
@@ -5398,9 +5409,9 @@ class Server(http.server.ThreadingHTTPServer):
 class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
-    def __init__(self, serve_one: Callable[[int], int], listener: socket.socket) -> None:
+    def __init__(self, serve_one: Callable[[int], int], listener: socket.socket, shared: Shared) -> None:
         """*serve_one* runs in a child, with its number; its result is the exit code."""
-        self._serve_one = serve_one
+        self._serve_one, self._shared = serve_one, shared
         self._listener = listener
         self._children: Dict[int, Tuple[int, float, float]] = {}  # pid -> worker number, started (monotonic), pause
         self._stopping = False
@@ -5413,6 +5424,7 @@ class Supervisor:
         while self._children:
             pid, status = os.waitpid(-1, 0)
             number, started, pause = self._children.pop(pid)
+            self._shared.clients[number] = 0
             if time.monotonic() - started >= RESPAWN_S[1]:
                 pause = RESPAWN_S[0]
             self._rest(f"worker {number} died with status {status}; another starts in {pause:g} s", pause)
@@ -6557,14 +6569,13 @@ def serve(options: Options) -> int:
         log.close()
         return EXIT_OK
 
-    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener).run(workers)
+    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener, shared).run(workers)
 
 
 def share_of(state: State, workers: int) -> State:
-    """Return *state* with one process' share of the limits that are for all processes together."""
+    """Return *state* with one process' share of the memory that is for all processes together."""
     limits = state.config.limits
-    connections, buffered = (-(-whole // workers) for whole in (limits.max_connections, limits.max_buffered_bytes))
-    limits = limits._replace(max_connections=connections, max_buffered_bytes=buffered)
+    limits = limits._replace(max_buffered_bytes=-(-limits.max_buffered_bytes // workers))
     return state._replace(config=state.config._replace(limits=limits))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import re
 import select
+import signal
 import socket
 import threading
 import time
@@ -600,6 +601,18 @@ class LimitsTest(HostileTest):
         self.assert_served()
         closed = [client for client in idle if client.at_eof(0.1)]
         self.assertTrue(1 <= len(closed) <= 2, len(closed))
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "many come in one go only while the program is stopped")
+    def test_connection_whose_request_has_not_been_read_yet_does_not_give_way(self):
+        """All that came meanwhile are accepted before the first of them is read."""
+        self.proxy.process.send_signal(signal.SIGSTOP)
+        try:
+            clients = [self.connect() for _ in range(6)]
+            for client in clients:
+                client.send(build_request("GET", "/health"))
+        finally:
+            self.proxy.process.send_signal(signal.SIGCONT)
+        self.assertEqual([client.read_answer("GET").status for client in clients], [200] * 4 + [503] * 2)
 
     def test_busy_connection_never_gives_way(self):
         held = [self.busy() for _ in range(3)]

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import types
 import unittest
 import unittest.mock
 from typing import List
@@ -106,6 +107,33 @@ class WorkersTest(unittest.TestCase):
             self.assertEqual(client.read_answer("GET").status, 200)
         self.assertLess(time.monotonic() - started, 5)
         os.kill(first, signal.SIGCONT)
+
+    def test_max_connections_counts_the_clients_of_all_workers(self) -> None:
+        proxy = self.start(self.upstream, limits={"max_connections": 4})
+        first, _ = children(proxy.process.pid)
+        os.kill(first, signal.SIGSTOP)
+        self.addCleanup(os.kill, first, signal.SIGCONT)
+        clients = [support.RawClient(proxy.port) for _ in range(5)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.send(support.build_request("GET", "/health", None))
+            self.assertEqual(client.read_answer("GET").status, 200)
+        self.assertEqual([client.at_eof(0.2) for client in clients], [True] + [False] * 4)
+        os.kill(first, signal.SIGCONT)
+
+    def test_a_worker_may_have_its_share_wherever_the_others_are(self) -> None:
+        shared = plexus_lite.Shared(2)
+        shared.clients[1] = 9
+        limits = types.SimpleNamespace(max_connections=4)
+        state = types.SimpleNamespace(config=types.SimpleNamespace(limits=limits))
+        server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
+        with unittest.mock.patch.object(plexus_lite, "ClientConnection") as connection:
+            made = [unittest.mock.Mock(is_closed=False, phase=None, idle_since=number) for number in range(3)]
+            connection.side_effect = made
+            for one in made:
+                one.can_give_way.return_value = True
+                plexus_lite.Server._welcome(server, unittest.mock.Mock(), "192.0.2.1")
+        self.assertEqual([one.close.called for one in made], [True, False, False])
 
     def test_a_dead_worker_is_replaced_and_named_in_one_line(self) -> None:
         proxy = self.start(self.upstream)

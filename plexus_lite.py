@@ -2936,7 +2936,7 @@ class Loop:
             self.call(function, *arguments)
 
     def take_turn(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run *function* in a round of its own, behind what is ready: it takes longer than to pass a few bytes on."""
+        """Run *function* behind what is ready: it takes longer than to pass a few bytes on."""
         self._turns.append((function, arguments))
 
     def call_after(self, seconds: float, function: Callable[[], None]) -> None:
@@ -2994,14 +2994,23 @@ class Loop:
                 for function, arguments in calls:
                     self.guard(function, *arguments)
             if self._turns:
-                function, arguments = self._turns.popleft()
-                self.guard(function, *arguments)
+                self._take_turns(time.monotonic() - self.now)
             if self.now >= self._alarm[0]:
                 function, self._alarm = self._alarm[1], Loop._alarm
                 self.guard(function)
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
                 self.guard(self.on_tick, self.now)
+
+    def _take_turns(self, busy_s: float) -> None:
+        """Take one turn, and more for half of the time that the round has taken: where rounds are long, many would come
+        and one a round would leave."""
+        end = time.monotonic() + busy_s / 2
+        is_time = True
+        while is_time and self._turns:
+            function, arguments = self._turns.popleft()
+            self.guard(function, *arguments)
+            is_time = time.monotonic() < end
 
     def _drain_wakeups(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):

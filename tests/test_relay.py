@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import unittest
+import unittest.mock
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -123,6 +124,28 @@ class LoopTest(unittest.TestCase):
             loop.take_turn(turn, number)
         loop.run()
         self.assertEqual(order, [1, "x", 2, "x", 3])
+
+    def test_after_a_long_round_turns_have_half_of_its_time(self):
+        loop, clock, taken = plexus_lite.Loop(), [100.0], []
+        for end in (loop._wake_read, loop._wake_write):
+            self.addCleanup(end.close)
+
+        def turn(number):
+            taken.append((number, clock[0]))
+            clock[0] += 1.0
+
+        def ready(events):
+            loop._wake_read.recv(1)
+            clock[0] += 5.0
+            for number in range(5):
+                loop.take_turn(turn, number)
+            loop.call_after(0, loop.stop)
+
+        loop.watch(loop._wake_read, plexus_lite.READ, ready)
+        loop._wake_write.send(b"x")
+        with unittest.mock.patch.object(time, "monotonic", lambda: clock[0]):
+            loop.run()
+        self.assertEqual(taken, [(0, 105.0), (1, 106.0), (2, 107.0)])
 
 
 class Script:

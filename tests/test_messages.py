@@ -613,6 +613,64 @@ class JsonBodies(Refusals):
                 self.assertEqual(body.spans, whole.spans)
                 self.assertEqual(body.text("model"), "m")
 
+    def test_runs_inside_strings_make_no_difference(self):
+        long = "abcdefghijklmnopqrstuvwxyz0123456789"
+        good = (
+            f'{{"model":"m","input":[{{"image_url":"{long}"}},{{"b":1}},"{long}"],"x":2}}',
+            f'{{"instructions":"{long}","text":{{"{long}":["{long}"]}},"model":"{long}"}}',
+            f'{{"{long}":1,"{long}":"{long}","x":"{long}"}}',
+            f'{{"x":"{long}","x":"{long}","y":"{long}"}}',
+            f'{{"input":"{long}","messages":[["{long}"]]}}',
+            f'{{"model":"\u00e4\u00f6\u00fc{long}\U0001f600\U0001f601\U0001f602"}}',
+            f'{{"x":{" " * 40}1,"y":"{long}"}}',
+            f'{{"x":{"1" * 40},"y":"{long}"}}',
+        )
+        text = good[0].encode()
+        bad = [
+            text.replace(b"hij", b"h%bj" % one)
+            for one in (b"\x00", b"\x1f", b"\n", b"\\", b"\\u12", b"\xff", b'"', b'",')
+        ]
+        bad += [text.replace(b":2", b":%b" % (b"x" * count)) for count in range(1, 20)]
+        bad += [text.replace(b'"x":2', b'"model":2'), text[:-1], text + text, b"x" * 40, b'"%b"' % (b"x" * 40)]
+
+        def outcome(raw: bytes) -> Any:
+            try:
+                return plexus_lite.parse_json_body(raw)
+            except plexus_lite.ProxyError as error:
+                return error.message
+
+        for raw in (*(one.encode() for one in good), *bad):
+            whole = outcome(raw)
+            self.assertEqual(isinstance(whole, str), raw in bad)
+            for size in range(4, 40):  # a character has up to four
+                with self.subTest(raw=raw, size=size), unittest.mock.patch.object(plexus_lite, "RUN_BYTES", size):
+                    self.assertEqual(outcome(raw), whole)
+
+    def test_an_image_is_not_copied_to_be_parsed(self):
+        image = b'{"image_url":"data:image/png;base64,%b"}' % (b"A" * 4_000_000)
+        raw = b'{"model":"m","input":[{"type":"message"},%b]}' % image
+        tracemalloc.start()
+        try:
+            body = plexus_lite.parse_json_body(raw)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        self.assertLess(peak, 1_000_000)
+        self.assertEqual([raw[start:end] for start, end in body.items.spans], [b'{"type":"message"}', image])
+
+    def test_utf_8_is_checked_in_pieces(self):
+        raw = '{"x":"ä中😀y"}'.encode()
+        for size in range(4, len(raw) + 1):
+            with unittest.mock.patch.object(plexus_lite, "RUN_BYTES", size):
+                plexus_lite.require_utf8(raw, 0, len(raw))
+                for end in range(len(raw)):
+                    try:
+                        raw[:end].decode()
+                    except UnicodeDecodeError:
+                        self.assertRaises(UnicodeDecodeError, plexus_lite.require_utf8, raw, 0, end)
+                    else:
+                        plexus_lite.require_utf8(raw, 0, end)
+
     def test_the_beginning_of_a_number_is_no_number(self):
         for before, after in (("[1,2", "[1,23]"), ("[1,2", "[1,2.5,3]"), ("[1,-", "[1,-1]"), ('["a",1', '["a",1e5]')):
             seen = plexus_lite.Seen({"input": (len(before), hash(before.encode()))}, b"12345678")

@@ -658,6 +658,12 @@ class JsonBodies(Refusals):
         self.assertLess(peak, 1_000_000)
         self.assertEqual([raw[start:end] for start, end in body.items.spans], [b'{"type":"message"}', image])
 
+    def test_of_megabytes_each_item_has_a_digest_and_all_together_none(self):
+        for size, wanted in ((8_000_000, {"input"}), (9_000_000, set())):
+            raw = b'{"model":"m","input":["%b",2]}' % (b"A" * size)
+            _, seen = plexus_lite.digest_body(plexus_lite.parse_json_body(raw))
+            self.assertEqual((set(seen.values), len(seen.digests)), (wanted, 8))
+
     def test_utf_8_is_checked_in_pieces(self):
         raw = '{"x":"ä中😀y"}'.encode()
         for size in range(4, len(raw) + 1):

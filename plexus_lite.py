@@ -1211,7 +1211,7 @@ class Seen(NamedTuple):
 
 
 RUN_BYTES: Final = 64 * KIB  # what the processor's second cache holds several times
-NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\'
+NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\' + bytes(range(0x80, 0x100))
 NOTHING_SEEN: Final = Seen({}, b"")
 NO_SPAN: Final = (0, 0)
 
@@ -1363,11 +1363,12 @@ def cut_runs(raw: bytes) -> Tuple[bytes, List[int]]:
 def scan_around_runs(raw: bytes) -> Optional[JsonBody]:
     """Do what scan_body() does, without the runs in *raw*, if they are most of it and stand in the members' values."""
     cut, places = cut_runs(raw)
-    body = scan_body(cut, NOTHING_SEEN) if len(cut) < len(raw) // 2 else None
+    try:
+        body = scan_body(cut, NOTHING_SEEN) if len(cut) < len(raw) // 2 else None
+    except (StopIteration, ValueError, RecursionError):  # of a number, too, that begins before a run and ends in it
+        body = None
     if body is None:
         return None
-    if not raw.isascii():
-        require_utf8(raw, 0, len(raw))
 
     def uncut(span: Span) -> Span:
         start, end = (place + bisect.bisect_left(places, place) * (RUN_BYTES - 1) for place in span)
@@ -1392,12 +1393,13 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
     """
     raw = bytes(raw)
     try:
+        body = None if any(name in seen.values for name in LISTS) else scan_around_runs(raw)
         # Once more without what was seen: of a number, a beginning may have been.
-        for scan in (scan_around_runs, lambda raw: scan_body(raw, seen), lambda raw: scan_body(raw, NOTHING_SEEN)):
+        for known in (seen, NOTHING_SEEN):
             with contextlib.suppress(StopIteration, json.JSONDecodeError, UnicodeDecodeError):
-                body = scan(raw)
-                if body:
-                    return body
+                body = body or scan_body(raw, known)
+        if body:
+            return body
         JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:
@@ -2258,7 +2260,7 @@ def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
         digests = digests_of([hash(body.part(name))])
     elif digests:
         end = items.spans[-1][1] if items.spans else items.seen_end
-        if end - start <= LARGE_BODY_BYTES:  # more is images, which are parsed as fast; and the loop waits for this
+        if end - start <= LARGE_BODY_BYTES:  # so much is mostly images, see cut_runs(); and the loop waits for this
             values[name] = (end - start, hash(view[start:end]))
     compared = b"" if body.members.get("previous_response_id") else digests
     return digests_of(numbers.values()) + compared, Seen(values, digests)
@@ -3844,9 +3846,9 @@ READING: Final = {Phase.IDLE: "client_idle_s", Phase.HEAD: "header_timeout_s", P
 class ClientConnection:
     """A client's connection: strict requests in, answers out, one after the other.
 
-    Where each byte goes: _received collects, _advance reads requests, send() writes answers or keeps what the client
-    does not take yet.  finish() ends an exchange in step with the connection, abort() in the middle of an answer,
-    close() because the client has left.
+    Where each byte goes: _received collects, _advance reads requests, send() writes answers (a running Answer does it
+    itself), keep() holds what the client does not take yet.  finish() ends an exchange in step with the connection,
+    abort() in the middle of an answer, close() because the client has left.
     """
 
     exchange: Optional[Exchange] = None
@@ -4243,7 +4245,7 @@ class ClientConnection:
     def can_give_way(self) -> bool:
         """Say whether nobody would miss it: the last answer is out, or it is idle; and no byte waits to be read, which
         on a new connection is its request, and with which a close becomes a reset."""
-        if self.is_busy or self.phase not in (Phase.IDLE, Phase.LINGERING):
+        if self.is_busy or self._pending or self.phase not in (Phase.IDLE, Phase.LINGERING):
             return False
         try:
             return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
@@ -4271,8 +4273,8 @@ class Answer:
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
     _tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
     _ids: Optional[ResponseIds] = None
-    _is_direct = False  # an event stream that may leave by _pass_on()
-    _passed = 0  # bytes of the body that did
+    _is_direct = False  # an event stream that may leave by _relay_direct()
+    _direct_bytes = 0  # of the body, that did
 
     def __init__(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
@@ -4298,7 +4300,7 @@ class Answer:
         """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
         if self.upstream:
             events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else READ
-            callback = self._pass_on if self._is_between() else self._on_ready
+            callback = self._relay_direct if self._is_between() else self._on_ready
             self.loop.watch(self.upstream.sock, events | WRITE if self.upstream.unsent else events, callback)
 
     def _on_ready(self, events: int) -> None:
@@ -4320,11 +4322,11 @@ class Answer:
                 self._arrived(data)
 
     def _is_between(self) -> bool:
-        """Say whether the stream is at a point from which _pass_on() can go on: between chunks and between events."""
+        """Say whether the stream is at a point from which _relay_direct() can go on: between chunks and events."""
         is_between_events = self._tail is not None and self._tail[-2:] == b"\n\n"
         return self._is_direct and is_between_events and not self._ids and self._body.is_between_chunks()
 
-    def _pass_on(self, events: int) -> None:
+    def _relay_direct(self, events: int) -> None:
         """Pass on a chunk of whole events that tell nothing, as it came; leave all else to _on_ready().
 
         This is what a stream mostly consists of, and under load most of what the proxy costs.  So it takes the shortest
@@ -4352,7 +4354,7 @@ class Answer:
             self.connection.close()
             return
         self._quiet_since = self.loop.now
-        self._passed += size
+        self._direct_bytes += size
         if sent < len(data):
             self.connection.keep(data, sent)
 
@@ -4525,7 +4527,7 @@ class Answer:
         upstream, self.upstream = self.upstream, None
         if upstream is None:
             return
-        self.exchange.bytes_out += self._passed
+        self.exchange.bytes_out += self._direct_bytes
         self._fleet.closed(self.target)
         if reusable and upstream.whole and not upstream.unsent and self._is_persistent():
             self.exchange.state.transport.release(upstream)
@@ -5404,6 +5406,8 @@ class Server(http.server.ThreadingHTTPServer):
                 idle.close()
             else:
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
+                if len(self.clients) >= 2 * limit:  # of a flood, no more of them may linger
+                    client.close()
         if not client.is_closed:
             self.clients.add(client)
 

@@ -433,7 +433,7 @@ def ref_answer(data: bytes) -> Seen:
 class BenchSocket:
     """Reads the given pieces, then nothing; collects what is sent."""
 
-    def __init__(self, pieces: Iterable[bytes] = ()) -> None:
+    def __init__(self, pieces: Iterable[Union[bytes, OSError]] = ()) -> None:
         self.pieces = collections.deque(pieces)
         self.sent = b""
         self.room = 2**63  # for how many bytes
@@ -442,7 +442,10 @@ class BenchSocket:
     def recv(self, size: int) -> bytes:
         if not self.pieces:
             raise BlockingIOError
-        return self.pieces.popleft()
+        piece = self.pieces.popleft()
+        if isinstance(piece, OSError):
+            raise piece
+        return piece
 
     def send(self, data: bytes) -> int:
         if not self.room:
@@ -468,14 +471,14 @@ class BenchLoop(plexus_lite.Loop):
     def __init__(self) -> None:
         self.now = 0.0
         self.waiting: List[Callable[[], None]] = []
-        self.watched: Dict[int, Callable[[int], None]] = {}
+        self.watched: Dict[int, Tuple[int, Callable[[int], None]]] = {}
 
     def watch(self, sock: Any, events: int, callback: Any = None) -> None:
-        self.watched[id(sock)] = callback
+        self.watched[id(sock)] = events, callback
 
     def wake(self, sock: Any, events: int) -> None:
         """Say that *sock* is ready."""
-        self.watched[id(sock)](events)
+        self.watched[id(sock)][1](events)
         self.run()
 
     def close(self, sock: Any) -> None:
@@ -640,7 +643,13 @@ def relay(
         assert bench.sock.closed, "an answer without an end on an open connection"
     assert seen.end != "refused" and not seen.rest, (seen, sent)
     is_own = bool(values(seen.fields, "x-plexus-error"))
-    return Relayed(seen, is_own, not sent, bool(bench.transport.released), b"".join(upstream_sock.pieces))
+    return Relayed(
+        seen,
+        is_own,
+        not sent,
+        bool(bench.transport.released),
+        b"".join(piece for piece in upstream_sock.pieces if isinstance(piece, bytes)),
+    )
 
 
 HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te") + (

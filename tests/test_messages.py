@@ -624,6 +624,7 @@ class JsonBodies(Refusals):
             f'{{"model":"\u00e4\u00f6\u00fc{long}\U0001f600\U0001f601\U0001f602"}}',
             f'{{"x":{" " * 40}1,"y":"{long}"}}',
             f'{{"x":{"1" * 40},"y":"{long}"}}',
+            f'{{"x":{"1" * 5000}.{"1" * 40},"y":"{long * 400}"}}',  # its first digits alone are too many
         )
         text = good[0].encode()
         bad = [
@@ -657,6 +658,9 @@ class JsonBodies(Refusals):
             tracemalloc.stop()
         self.assertLess(peak, 1_000_000)
         self.assertEqual([raw[start:end] for start, end in body.items.spans], [b'{"type":"message"}', image])
+        seen = plexus_lite.digest_body(body)[1]
+        with unittest.mock.patch.object(plexus_lite, "scan_around_runs", side_effect=AssertionError("it was seen")):
+            self.assertEqual(plexus_lite.parse_json_body(raw, seen).items.seen, seen.digests)
 
     def test_of_megabytes_each_item_has_a_digest_and_all_together_none(self):
         for size, wanted in ((8_000_000, {"input"}), (9_000_000, set())):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import re
 import select
@@ -13,7 +14,7 @@ import types
 import unittest
 import unittest.mock
 import weakref
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import plexus_lite
 from tests.support import (
@@ -34,7 +35,7 @@ from tests.support import (
     response_object,
     stream,
 )
-from tests.test_fuzz import STREAM_HEAD, TARGET, Bench, BenchSocket, begin_relay, ref_answer
+from tests.test_fuzz import PI, STREAM_HEAD, TARGET, Bench, BenchSocket, begin_relay, ref_answer
 
 BODY = {"model": "gpt-test", "stream": True, "input": "x"}
 ASK = build_request("POST", "/v1/responses", BODY)
@@ -122,7 +123,8 @@ class LoopTest(unittest.TestCase):
         loop.watch(near, plexus_lite.READ, ready)
         for number in (1, 2, 3):
             loop.take_turn(turn, number)
-        loop.run()
+        with unittest.mock.patch.object(time, "monotonic", lambda: 100.0):  # a round takes no time
+            loop.run()
         self.assertEqual(order, [1, "x", 2, "x", 3])
 
     def test_after_a_long_round_turns_have_half_of_its_time(self):
@@ -367,12 +369,16 @@ class DirectTest(unittest.TestCase):
     def run_stream(self, *reads: bytes, has_places: bool = False) -> Tuple[Bench, BenchSocket]:
         """Let each of *reads* come by itself, after one event that came with the head."""
         upstream = BenchSocket([STREAM_HEAD + chunk(b"data: 0\n\n")])
-        bench, _ = begin_relay(upstream, has_places=has_places)
+        bench, self.answer = begin_relay(upstream, has_places=has_places)
+        self.upstream = upstream
         bench.bench_loop.wake(upstream, plexus_lite.READ)
         for read in reads:
-            upstream.pieces.append(read)
-            bench.bench_loop.wake(upstream, plexus_lite.READ)
+            self.wake_with(bench, read)
         return bench, upstream
+
+    def wake_with(self, bench: Bench, read: Union[bytes, OSError]) -> None:
+        self.upstream.pieces.append(read)
+        bench.bench_loop.wake(self.upstream, plexus_lite.READ)
 
     def test_what_leaves_for_what_came(self):
         event, long_event = b"data: 1\n\n", b"data: %b\n\n" % (b"x" * 2000)
@@ -393,11 +399,10 @@ class DirectTest(unittest.TestCase):
         )
         for name, reads, wanted in rows:
             with self.subTest(name):
-                bench, upstream = self.run_stream(*reads, chunk(event))
+                bench, _upstream = self.run_stream(*reads, chunk(event))
                 sent = bench.sock.sent.partition(b"\r\n\r\n")[2]
                 self.assertEqual(sent, chunk(b"data: 0\n\n") + wanted + chunk(event))
-                upstream.pieces.append(b"0\r\n\r\n")
-                bench.bench_loop.wake(upstream, plexus_lite.READ)
+                self.wake_with(bench, b"0\r\n\r\n")
                 self.assertEqual(bench.records[0]["bytes_out"], len(ref_answer(bench.sock.sent).payload))
                 self.assertEqual(len(bench.transport.released), 1)
 
@@ -414,48 +419,98 @@ class DirectTest(unittest.TestCase):
                 self.assertTrue(bench.sock.sent.endswith(b": 1\n\n\r\n") and bench.sock.closed, bench.sock.sent)
                 self.assertRegex(bench.records[0]["error"], "upstream_(closed|invalid_response)")
 
+    def test_what_tells_something_is_read(self):
+        rows: Sequence[Tuple[Dict[str, Any], Dict[str, int], Optional[str]]] = (
+            ({"usage": {"input_tokens": 5}}, {"input_tokens": 5}, None),
+            ({"type": "error", "error": {"code": "c"}}, {}, "c"),
+            ({"type": "response.failed"}, {}, "response.failed"),
+        )
+        for (event, tokens, error), word in zip(rows, plexus_lite.TELLING):
+            with self.subTest(event):
+                bench, _ = self.run_stream()
+                usage = self.answer.exchange.usage
+                data = b"data: %b\n\n" % json.dumps(event).encode()
+                self.assertIn(word, data)
+                self.wake_with(bench, chunk(data))
+                self.assertEqual((usage.tokens, usage.error), (tokens, error))
+
     def test_an_id_that_comes_late_is_remembered(self):
         bench, _ = self.run_stream(chunk(b'data: {"response":{"id":"resp_1"}}\n\n'), has_places=True)
         self.assertEqual(bench.fleet.owners.get(plexus_lite.text_digest("resp_1"), bench.loop.now), TARGET.place)
 
+    def test_a_reset_on_either_side_ends_it(self):
+        for side, code in (("upstream", "upstream_closed"), ("client", "client_gone")):
+            with self.subTest(side):
+                bench, upstream = self.run_stream(chunk(b"data: 1\n\n"))
+                if side == "client":
+                    bench.sock.send = unittest.mock.Mock(side_effect=ConnectionResetError)  # type: ignore[method-assign]
+                    self.answer._send = bench.sock.send
+                self.wake_with(bench, ConnectionResetError() if side == "upstream" else chunk(b"data: 2\n\n"))
+                self.assertEqual((bench.records[0]["error"], bench.sock.closed, upstream.closed), (code, True, True))
+
+    def test_nothing_more_is_read_for_a_client_that_has_enough(self):
+        bench, upstream = self.run_stream()
+        event = b"data: %b\n\n" % (b"x" * 200_000)
+        bench.sock.room = 0
+        events = []
+        for _ in range(2):
+            self.wake_with(bench, chunk(event))
+            events.append(bench.bench_loop.watched[id(upstream)][0])
+        self.assertEqual(events, [plexus_lite.READ, 0])
+        bench.sock.room = 2**63
+        bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
+        self.assertEqual(bench.bench_loop.watched[id(upstream)][0], plexus_lite.READ)
+        self.assertTrue(bench.sock.sent.endswith(chunk(event) * 2))
+
     def test_what_the_client_does_not_take_is_kept_in_order(self):
         events = [chunk(b"data: %d\n\n" % number) for number in range(5)]
         for room in (0, 3, len(events[2]), len(events[2]) + 5):
-            bench, upstream = self.run_stream(events[1])
+            bench, _upstream = self.run_stream(events[1])
             before = len(bench.sock.sent)
             for event, bench.sock.room in zip(events[2:], (room, 0, 2**63)):
-                upstream.pieces.append(event)
-                bench.bench_loop.wake(upstream, plexus_lite.READ)
+                self.wake_with(bench, event)
             bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
             self.assertEqual(bench.sock.sent[before:], b"".join(events[2:]))
 
     def test_a_client_that_takes_a_little_now_and_then_is_not_stalled(self):
-        bench, upstream = self.run_stream()
+        bench, _upstream = self.run_stream()
         bench.sock.room = 0
-        upstream.pieces.append(chunk(b"data: 1\n\n"))
-        bench.bench_loop.wake(upstream, plexus_lite.READ)
+        self.wake_with(bench, chunk(b"data: 1\n\n"))
         for _ in range(4):
             bench.loop.now += 250  # stall_timeout_s is 300
             bench.client.tick(bench.loop.now)
             self.assertFalse(bench.sock.closed)
             bench.sock.room = 2
             bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
-        bench.loop.now += 301
-        bench.client.tick(bench.loop.now)
+        for _ in range(4):  # what comes for it meanwhile does not help
+            self.assertFalse(bench.sock.closed)
+            bench.loop.now += 76
+            self.wake_with(bench, chunk(b"data: 2\n\n"))
+            bench.client.tick(bench.loop.now)
         self.assertTrue(bench.sock.closed)
         self.assertEqual(bench.records[0]["error"], "client_stalled")
 
     def test_what_arrives_in_mid_stream_restarts_the_idle_time(self):
-        bench, upstream = self.run_stream(chunk(b"data: 1\n\n"))
+        bench, _upstream = self.run_stream(chunk(b"data: 1\n\n"))
         for number in range(4):
             bench.loop.now += 200  # idle_timeout_s is 300
-            upstream.pieces.append(chunk(b"data: %d\n\n" % number))
-            bench.bench_loop.wake(upstream, plexus_lite.READ)
+            self.wake_with(bench, chunk(b"data: %d\n\n" % number))
             bench.client.tick(bench.loop.now)
         self.assertFalse(bench.sock.closed)
         bench.loop.now += 301
         bench.client.tick(bench.loop.now)
         self.assertTrue(bench.sock.closed)
+
+
+class GivesWayTest(unittest.TestCase):
+    def test_a_request_that_came_behind_another_is_not_dropped(self):
+        bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], b"ok"))
+        bench.client._received(PI + PI)
+        bench.bench_loop.waiting.pop(0)()  # the first is answered, the second waits for the next round
+        self.assertEqual((len(bench.records), bench.client.phase), (1, plexus_lite.Phase.IDLE))
+        self.assertFalse(bench.client.can_give_way())
+        bench.loop.run()
+        self.assertEqual(len(bench.records), 2)
 
 
 class TruncationTest(RelayTest):

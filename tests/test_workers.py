@@ -1,5 +1,6 @@
 """Several worker processes: one port, replaced when they die, stopped and reloaded as one."""
 
+import functools
 import os
 import signal
 import socket
@@ -121,19 +122,41 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual([client.at_eof(0.2) for client in clients], [True] + [False] * 4)
         os.kill(first, signal.SIGCONT)
 
+    def welcome(self, shared: plexus_lite.Shared, count: int, can_give_way: bool) -> List[unittest.mock.Mock]:
+        """Let *count* clients come to worker 0, where max_connections is 4."""
+        state = types.SimpleNamespace(config=types.SimpleNamespace(limits=types.SimpleNamespace(max_connections=4)))
+        server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
+        made = [unittest.mock.Mock(is_closed=False, phase=None, idle_since=number) for number in range(count)]
+        for one in made:
+            one.can_give_way.return_value = can_give_way
+            one.close.side_effect = functools.partial(setattr, one, "is_closed", True)
+            with unittest.mock.patch.object(plexus_lite, "ClientConnection", return_value=one):
+                plexus_lite.Server._welcome(server, unittest.mock.Mock(), "192.0.2.1")
+        return made
+
     def test_a_worker_may_have_its_share_wherever_the_others_are(self) -> None:
         shared = plexus_lite.Shared(2)
         shared.clients[1] = 9
-        limits = types.SimpleNamespace(max_connections=4)
-        state = types.SimpleNamespace(config=types.SimpleNamespace(limits=limits))
-        server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
-        with unittest.mock.patch.object(plexus_lite, "ClientConnection") as connection:
-            made = [unittest.mock.Mock(is_closed=False, phase=None, idle_since=number) for number in range(3)]
-            connection.side_effect = made
-            for one in made:
-                one.can_give_way.return_value = True
-                plexus_lite.Server._welcome(server, unittest.mock.Mock(), "192.0.2.1")
-        self.assertEqual([one.close.called for one in made], [True, False, False])
+        made = self.welcome(shared, 3, can_give_way=True)
+        self.assertEqual([one.close.call_count for one in made], [1, 0, 0])  # for the third, the first
+        self.assertEqual([one.refuse.call_count for one in made], [0, 0, 0])
+
+    def test_of_those_that_are_refused_few_linger(self) -> None:
+        made = self.welcome(plexus_lite.Shared(1), 10, can_give_way=False)
+        self.assertEqual([one.refuse.call_count for one in made], [0] * 4 + [1] * 6)
+        self.assertEqual([one.close.call_count for one in made], [0] * 8 + [1] * 2)
+
+    def test_who_dies_has_no_clients(self) -> None:
+        shared = plexus_lite.Shared(2)
+        shared.clients[1] = 9
+        supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared)
+        supervisor._children = {7: (1, time.monotonic(), 0.0)}
+        with unittest.mock.patch.multiple(supervisor, _rest=unittest.mock.DEFAULT, _spawn=unittest.mock.DEFAULT):
+            with unittest.mock.patch.object(plexus_lite, "catch_signals"), unittest.mock.patch.object(
+                os, "waitpid", return_value=(7, 9)
+            ):
+                supervisor.run(0)
+        self.assertEqual(list(shared.clients), [0, 0])
 
     def test_a_dead_worker_is_replaced_and_named_in_one_line(self) -> None:
         proxy = self.start(self.upstream)

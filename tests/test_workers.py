@@ -1,5 +1,6 @@
 """Several worker processes: one port, replaced when they die, stopped and reloaded as one."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -78,14 +79,17 @@ class WorkersTest(unittest.TestCase):
         proxy = self.start(self.upstream)
         workers = children(proxy.process.pid)
         wait_until(lambda: min(map(sockets, workers)) > 2, "both have the listener and a pair to wake them")
-        clients = [support.RawClient(proxy.port) for _ in range(40)]
-        for client in clients:
-            self.addCleanup(client.close)
-            client.send(support.build_request("GET", "/health", None))
-            self.assertEqual(client.read_answer("GET").status, 200)
-        counts = [sockets(pid) for pid in workers]  # with a few of their own, equally many
-        self.assertGreaterEqual(sum(counts), 40)
-        self.assertGreater(min(counts), 6, counts)  # without taking turns one has hardly any; a busy machine is uneven
+        seen = []
+        for _ in range(4):  # while the machine has no time for one of them, the other takes all
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(support.RawClient(proxy.port)) for _ in range(40)]
+                for client in clients:
+                    client.send(support.build_request("GET", "/health", None))
+                    self.assertEqual(client.read_answer("GET").status, 200)
+                counts = [sockets(pid) for pid in workers]  # with a few of their own, equally many
+                self.assertGreaterEqual(sum(counts), 40)
+            seen.append(min(counts))
+        self.assertGreater(sum(seen), 60, seen)  # 80 and more; without taking turns, some 40
 
     def test_who_has_left_is_not_counted(self) -> None:
         """Or a worker whose clients have all gone would be passed over, and the other one take all that come."""

@@ -453,7 +453,9 @@ class FakeUpstream:
     def _pause(self, wire: Wire, event: threading.Event) -> None:
         """Wait for *event*, reading meanwhile, so that a peer that goes away ends the reply (EOFError) at once."""
         deadline = time.monotonic() + PAUSE_LIMIT_S
-        while not event.is_set() and not self._closing.is_set() and time.monotonic() < deadline:
+        while not event.is_set() and time.monotonic() < deadline:
+            if self._closing.is_set():
+                raise EOFError  # not what follows: whoever stops it wants the reply cut
             if select.select([wire.sock], [], [], 0.02)[0]:
                 wire.fill()
 

@@ -1118,7 +1118,7 @@ EVENT_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,4})\r\n")
 EVENTS_BYTES: Final = 16 * KIB  # more at one go is a flood, and its last event seldom whole
 
 
-def count_whole_events(data: bytes) -> int:
+def size_of_events(data: bytes) -> int:
     """Return the size of the payload if *data* is a few whole chunks, each of whole events without extensions; or 0."""
     size = position = 0
     while position < len(data) <= EVENTS_BYTES:
@@ -1227,8 +1227,6 @@ class Seen(NamedTuple):
     digests: bytes  # of the elements of that array
 
 
-RUN_BYTES: Final = 64 * KIB  # what the processor's second cache holds several times
-NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\' + bytes(range(0x80, 0x100))
 NOTHING_SEEN: Final = Seen({}, b"")
 NO_SPAN: Final = (0, 0)
 
@@ -1305,8 +1303,12 @@ def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[L
             return spans, position
 
 
+RUN_BYTES: Final = 64 * KIB  # looked at in one piece: the processor's second cache holds it several times
+NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\' + bytes(range(0x80, 0x100))  # ends a string, or is no whole character
+
+
 def require_utf8(raw: bytes, position: int, end: int) -> None:
-    """Raise UnicodeDecodeError unless that part of *raw* is UTF-8.  As text, it may take four times as long."""
+    """Raise UnicodeDecodeError unless that part of *raw* is UTF-8.  In pieces: text may take four times the memory."""
     while position < end:
         piece = raw[position : min(position + RUN_BYTES, end)]
         position += codecs.utf_8_decode(piece, "strict", position + len(piece) == end)[1]
@@ -4359,9 +4361,9 @@ class Answer:
         except OSError as error:
             self._reset(error)
             return
-        size, lines = whole_chunk(len(data))
+        size, lines = whole_chunk(len(data))  # one chunk, told by its length: at a quarter of the cost
         if not data.startswith(lines):
-            size = count_whole_events(data)
+            size = size_of_events(data)
         if not size or not data.endswith(b"\n\n\r\n") or is_telling(data):
             self._arrived(data)
             return

@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from tests.support import Proxy, make_config
+from tests.support import Proxy, chunk, make_config
 
 MIB = 1024 * 1024
 BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)
@@ -110,10 +110,6 @@ def break_off(writer: asyncio.StreamWriter) -> None:
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Upstream:

@@ -211,11 +211,15 @@ def answer(status: int = 200, headers: Headers = (), body: Any = b"") -> List[St
     return [render_head(f"HTTP/1.1 {status} Scripted", given + [("Content-Length", str(len(body)))]) + body]
 
 
+def chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
 def stream(*events: Step, headers: Headers = (), end: bool = True, status: int = 200) -> List[Step]:
     """A chunked event stream, one chunk and one send for each bytes step; without *end* the last chunk is missing."""
     given = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")] + pairs(headers)
     steps: List[Step] = [render_head(f"HTTP/1.1 {status} Scripted", given)]
-    steps += [b"%x\r\n%s\r\n" % (len(event), event) if isinstance(event, bytes) else event for event in events]
+    steps += [chunk(event) if isinstance(event, bytes) else event for event in events]
     return steps + [b"0\r\n\r\n"] if end else steps
 
 

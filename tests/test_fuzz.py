@@ -31,7 +31,7 @@ import zlib
 from typing import Any, Callable, Counter, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import plexus_lite
-from tests.support import store_zstd
+from tests.support import chunk, store_zstd
 
 SECONDS = float(os.environ.get("PLEXUS_FUZZ_S", "0.6"))  # for each of the six
 SEED = os.environ.get("PLEXUS_FUZZ_SEED", "1")
@@ -107,7 +107,7 @@ EVENTS = (
     b'event: response.output_text.delta\ndata: {"delta":"hi"}\n\n'
 )
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
-CHUNKED = STREAM_HEAD + b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in (EVENTS, b": ping\n\n")) + b"0\r\n\r\n"
+CHUNKED = STREAM_HEAD + chunk(EVENTS) + chunk(b": ping\n\n") + b"0\r\n\r\n"
 ANSWERS = (
     CHUNKED,
     STREAM_HEAD + b"5\r\n\r\r\n\r\n\r\n3;a=b\r\nabc\r\n0\r\nX-Trailer: 1\r\n\r\n",
@@ -717,8 +717,7 @@ def check_events(data: bytes) -> str:
     until_close = STREAM_HEAD.replace(b"Transfer-Encoding: chunked", b"Connection: close")
     comments = 0
     for pieces, is_chunked in itertools.product(splits(payload), (False, True)):
-        chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
-        answer = [STREAM_HEAD, *chunks, b"0\r\n\r\n"] if is_chunked else [until_close, *pieces]
+        answer = [STREAM_HEAD, *map(chunk, pieces), b"0\r\n\r\n"] if is_chunked else [until_close, *pieces]
         got = relay(answer, old_client, silence_s=6).seen
         assert got.end == "complete", got
         assert got.payload.replace(KEEPALIVE, b"") == payload, (got.payload, payload)

@@ -28,6 +28,7 @@ from tests.support import (
     Reset,
     answer,
     build_request,
+    chunk,
     make_config,
     post,
     render_head,
@@ -55,10 +56,6 @@ def tearDownModule():
 def wire(reply: Reply) -> bytes:
     """Return *reply* as one piece."""
     return b"".join(step for step in reply if isinstance(step, bytes))
-
-
-def chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 class LoopTest(unittest.TestCase):

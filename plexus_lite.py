@@ -4272,10 +4272,12 @@ class ClientConnection:
             return True
 
     def end_idle(self) -> None:
-        """Draining: a connection without a request ends at once."""
-        if self.phase == Phase.IDLE and not self.unsent:
+        """Draining: a connection without a request ends at once; what has just come on one is read and refused."""
+        if self.phase == Phase.IDLE and self.can_give_way():
             self.close()
-        elif self.phase == Phase.HEAD:
+        elif self.phase == Phase.IDLE:
+            self._on_ready(READ)
+        if self.phase == Phase.HEAD:
             self.refuse(ProxyError("shutting_down", "the proxy is shutting down"))
 
 
@@ -5488,6 +5490,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
         self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
+        for _ in range(BACKLOG // ACCEPTS):  # to close the socket would reset who waits: an answer can be acted on
+            self._accept(0)
         self.loop.watch(self.socket, 0)
         self.socket.close()
         for client in list(self.clients):

@@ -392,6 +392,26 @@ class StopTest(ServerTest):
         self.assertFalse(client.read_answer().complete)
         self.assertTrue(upstream.wait_disconnected(1, 2))
 
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "Windows cannot stop a process")
+    def test_requests_that_came_but_were_not_read_are_refused_and_not_reset(self):
+        proxy = self.start()
+        used = self.connect(proxy)
+        used.send(build_request("GET", "/health"))
+        self.assertEqual(used.read_answer("GET").status, 200)
+        proxy.process.send_signal(signal.SIGSTOP)
+        clients = [self.connect(proxy) for _ in range(20)]  # more than are accepted in one go
+        for client in clients:
+            client.send(ASK)
+        half = self.connect(proxy)
+        half.send(ASK[:40])
+        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.send_signal(signal.SIGCONT)
+        for client in [*clients, half]:
+            got = client.read_answer()
+            self.assertEqual((got.status, got.error_code, got.all("Connection")), (503, "shutting_down", ["close"]))
+        self.assertTrue(used.at_eof(2))
+        self.assertEqual(proxy.process.wait(5), 0)
+
     def test_request_that_is_still_coming_does_not_hold_it(self):
         proxy = self.start()
         client = self.connect(proxy)

@@ -2244,7 +2244,7 @@ class UsageReader:
                         self.tokens[name] = value
         self.is_complete |= kind in TERMINAL_EVENTS
         if isinstance(error, dict):
-            self.error = str(error.get("code") or error.get("type") or kind)[:100]
+            self.error = str(error.get("code") or error.get("type") or kind or "error")[:100]
         elif kind in ("error", "response.failed"):
             self.error = str(kind)
 

@@ -954,7 +954,7 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
                 take(tokens, name, inside_of(usage, details).get(name))
         if isinstance(inside.get("error"), dict) or kind in ("error", "response.failed"):
             failure = event if flat else inside_of(inside, "error")
-            error = str(failure.get("code") or failure.get("type") or kind)[:100]
+            error = str(failure.get("code") or failure.get("type") or kind or "error")[:100]
     if tokens.get("cached_tokens", 0) > tokens.get("input_tokens", 0):
         del tokens["cached_tokens"]
     return tokens, error

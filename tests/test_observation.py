@@ -219,6 +219,7 @@ class UsageReaderTest(unittest.TestCase):
             ),
             ("chat", chat, (TOKENS, None, False)),
             ("a refusal", refusal, ({}, "invalid_request_error", False)),
+            ("a refusal with a message only", {"error": {"message": "m"}}, ({}, "error", False)),
             ("counted tokens", {"object": "response.input_tokens", "input_tokens": 7}, ({}, None, False)),
             ("an array", [whole], ({}, None, False)),
             ("a string", '"usage":{"input_tokens":1}', ({}, None, False)),

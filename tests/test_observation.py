@@ -716,7 +716,7 @@ class TicketTest(unittest.TestCase):
             (ticket, b"t" * 32, keys, 999.0),
             (ticket, secret, {}, 999.0),
             (nobody, secret, keys, 999.0),
-            (ticket.replace(".1000.", ".1001."), secret, keys, 999.0),
+            (ticket.replace("1000.", "1001."), secret, keys, 999.0),
             (ticket.upper(), secret, keys, 999.0),
         )
         for wrong, mac_key, known, now in rows:

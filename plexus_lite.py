@@ -761,8 +761,8 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
             raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
         return variables.get(name) or default or ""
 
-    has_any = isinstance(value, str) and "${" in value
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}", replace, value) if has_any else value
+    pattern = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"
+    return re.sub(pattern, replace, value) if isinstance(value, str) else value
 
 
 def model_list(config: Config) -> List[str]:

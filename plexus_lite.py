@@ -1950,8 +1950,7 @@ class Fleet:
     ) -> Snapshot:
         with self._lock:
             open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
-            failing = [one.id for one in targets if one.id in self._failures]
-            cooling = frozenset(name for name in failing if self._failures[name][1] > now)
+            cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, owner, pin)
 
     def plan(

@@ -2250,12 +2250,8 @@ PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before
 DIGEST_BYTES: Final = 4
 
 
-def digest_of(value: Union[bytes, str]) -> bytes:
-    """Return a digest that is the same for equal values in this process and its forks; keyed, as hash() of them is."""
-    return (hash(value) & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little")
-
-
 def digests_of(numbers: Iterable[int]) -> bytes:
+    """Return a digest for each hash() of a text: the same in this process and its forks, and keyed, as the hash is."""
     return b"".join([(number & 0xFFFFFFFF).to_bytes(DIGEST_BYTES, "little") for number in numbers])
 
 
@@ -5275,9 +5271,9 @@ class Server(http.server.ThreadingHTTPServer):
             exchange.fail(usage.error)
         if target is None:
             return
-        prefix = exchange.prefix and digest_of(target.model) + exchange.prefix[DIGEST_BYTES:]  # as it was sent
+        prefix = exchange.prefix and digests_of([hash(target.model)]) + exchange.prefix[DIGEST_BYTES:]  # as it was sent
         tokens = UNKNOWN_TOKENS if record["input_tokens"] is None else record["input_tokens"]
-        turn = Turn(exchange.started, digest_of(target.place), tokens, prefix)
+        turn = Turn(exchange.started, digests_of([hash(target.place)]), tokens, prefix)
         previous = None
         if session is not None:
             key = bytes.fromhex(text_digest(f"{record['key']} {session}"))[:16]

@@ -1369,13 +1369,13 @@ def cut_runs(raw: bytes) -> Tuple[bytes, List[int]]:
     return b"".join((*parts, raw[kept:])), places
 
 
-def scan_around_runs(raw: bytes) -> Optional[JsonBody]:
-    """Do what scan_body() does, without the runs in *raw*, if they are most of it and stand in the members' values."""
-    cut, places = cut_runs(raw)
-    try:
-        body = scan_body(cut, NOTHING_SEEN) if len(cut) < len(raw) // 2 else None
-    except (StopIteration, ValueError, RecursionError):  # of a number, too, that begins before a run and ends in it
-        body = None
+def scan_around_runs(raw: bytes, seen: Seen) -> Optional[JsonBody]:
+    """Do what scan_body() does, without the runs in *raw*, if they are most of it and stand in items of the prompt.
+
+    None if they do not, or the prompt was *seen*: then scan_body() is quick.
+    """
+    cut, places = cut_runs(raw) if seen.values.keys().isdisjoint(LISTS) else (raw, [])
+    body = scan_body(cut, NOTHING_SEEN) if len(cut) < len(raw) // 2 else None
     if body is None:
         return None
 
@@ -1385,13 +1385,10 @@ def scan_around_runs(raw: bytes) -> Optional[JsonBody]:
 
     spans = {name: uncut(span) for name, span in body.spans.items()}
     lists = {name: Items(spans=[uncut(span) for span in items.spans]) for name, items in body.lists.items()}
-    missing = len(raw) - len(cut)
-    for name, (start, end) in spans.items():
-        grown = end - start - (body.spans[name][1] - body.spans[name][0])
-        missing -= grown
-        if grown and name not in lists:
-            body.members[name] = JSON_DECODER.decode(raw[start:end].decode("latin-1"))
-    return None if missing else JsonBody(raw, body.members, spans, lists)
+    # Outside of the lists, nothing may be missing: members are as they were read.
+    outside = len(raw) - sum(spans[name][1] - spans[name][0] for name in lists)
+    outside_cut = len(cut) - sum(body.spans[name][1] - body.spans[name][0] for name in lists)
+    return JsonBody(raw, body.members, spans, lists) if outside == outside_cut else None
 
 
 def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
@@ -1401,14 +1398,15 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
     digits.  The error says line and column.  What was *seen* in the session's turn before is not parsed again.
     """
     raw = bytes(raw)
-    try:
-        body = None if any(name in seen.values for name in LISTS) else scan_around_runs(raw)
-        # Once more without what was seen: of a number, a beginning may have been.
-        for known in (seen, NOTHING_SEEN):
-            with contextlib.suppress(StopIteration, json.JSONDecodeError, UnicodeDecodeError):
-                body = body or scan_body(raw, known)
+    # Once more as a whole: a run may have been the end of a number, and what was seen the beginning of one.
+    for scan, known in ((scan_around_runs, seen), (scan_body, seen), (scan_body, NOTHING_SEEN)):
+        try:
+            body = scan(raw, known)
+        except (StopIteration, ValueError, RecursionError):
+            continue
         if body:
             return body
+    try:
         JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:

@@ -659,7 +659,7 @@ class JsonBodies(Refusals):
         self.assertLess(peak, 1_000_000)
         self.assertEqual([raw[start:end] for start, end in body.items.spans], [b'{"type":"message"}', image])
         seen = plexus_lite.digest_body(body)[1]
-        with unittest.mock.patch.object(plexus_lite, "scan_around_runs", side_effect=AssertionError("it was seen")):
+        with unittest.mock.patch.object(plexus_lite, "cut_runs", side_effect=AssertionError("it was seen")):
             self.assertEqual(plexus_lite.parse_json_body(raw, seen).items.seen, seen.digests)
 
     def test_of_megabytes_each_item_has_a_digest_and_all_together_none(self):

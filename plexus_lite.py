@@ -2349,29 +2349,25 @@ class SessionTable:
         return previous
 
 
-# name, type, labels, help
-METRIC_TABLE: Final = """
-plexus_requests_total              counter    route,model,provider,status  Requests by status class.
-plexus_tokens_total                counter    model,provider,kind          Tokens as the upstreams count them.
-plexus_cache_misses_total          counter    model,reason                 Requests that found too little in the cache.
-plexus_ttfb_seconds                histogram  model,provider,le            Time to the first byte of the answer.
-plexus_request_duration_seconds    histogram  model,provider,le            Time to the last byte of the answer.
-plexus_received_bytes_total        counter    -                            Bytes of request bodies.
-plexus_sent_bytes_total            counter    -                            Bytes of answer bodies.
-plexus_upstream_connections_total  counter    provider,reused              Requests by kind of connection.
-plexus_failovers_total             counter    provider   Requests that left a provider for the next target.
-plexus_cooldowns_total             counter    provider   Times that a target began to rest after a failure.
-plexus_in_flight                   gauge      -                            Requests under way.
-plexus_targets_cooling             gauge      provider                     Targets that rest after a failure.
-plexus_build_info                  gauge      version,python               Always 1.
-process_cpu_seconds_total          counter    -                            User and system CPU time.
-process_resident_memory_bytes      gauge      -                            Resident memory.
-process_open_fds                   gauge      -                            Open file descriptors.
-process_start_time_seconds         gauge      -                            Start of the process, Unix time.
-"""
-METRICS: Final = {
-    name: (kind, () if labels == "-" else tuple(labels.split(",")), text)
-    for name, kind, labels, text in (row.split(None, 3) for row in METRIC_TABLE.strip().split("\n"))
+# name: type, labels, help
+METRICS: Final[Mapping[str, Tuple[str, Tuple[str, ...], str]]] = {
+    "plexus_requests_total": ("counter", ("route", "model", "provider", "status"), "Requests by status class."),
+    "plexus_tokens_total": ("counter", ("model", "provider", "kind"), "Tokens as the upstreams count them."),
+    "plexus_cache_misses_total": ("counter", ("model", "reason"), "Requests that found too little in the cache."),
+    "plexus_ttfb_seconds": ("histogram", ("model", "provider", "le"), "Time to the answer's first byte."),
+    "plexus_request_duration_seconds": ("histogram", ("model", "provider", "le"), "Time to the answer's last byte."),
+    "plexus_received_bytes_total": ("counter", (), "Bytes of request bodies."),
+    "plexus_sent_bytes_total": ("counter", (), "Bytes of answer bodies."),
+    "plexus_upstream_connections_total": ("counter", ("provider", "reused"), "Requests by kind of connection."),
+    "plexus_failovers_total": ("counter", ("provider",), "Requests that left a provider for the next target."),
+    "plexus_cooldowns_total": ("counter", ("provider",), "Times that a target began to rest after a failure."),
+    "plexus_in_flight": ("gauge", (), "Requests under way."),
+    "plexus_targets_cooling": ("gauge", ("provider",), "Targets that rest after a failure."),
+    "plexus_build_info": ("gauge", ("version", "python"), "Always 1."),
+    "process_cpu_seconds_total": ("counter", (), "User and system CPU time."),
+    "process_resident_memory_bytes": ("gauge", (), "Resident memory."),
+    "process_open_fds": ("gauge", (), "Open file descriptors."),
+    "process_start_time_seconds": ("gauge", (), "Start of the process, Unix time."),
 }
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

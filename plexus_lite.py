@@ -2382,14 +2382,6 @@ SUMMED: Final = {
     "duration_ms": ("plexus_request_duration_seconds", "sum"),
 }
 COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
-# What the page shows: by which name it is summed.  Of the input only that of answers that tell the cached part.
-SHOWN: Final = {
-    "requests": "requests",
-    "errors": "errors",
-    "input_tokens": "comparable_tokens",
-    "cached_tokens": "cached_tokens",
-    "output_tokens": "output_tokens",
-}
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
 NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
@@ -2410,8 +2402,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
-        # For each (route, model, provider, target, status class) sums by the names in SUMMED and SHOWN, and a count for
-        # each bucket, "ttfb_ms 0.05"; none of what is unknown.  A request looks up one row; who asks adds up.
+        # For each (route, model, provider, target, status class) sums by the names in SUMMED, of errors, of comparable
+        # tokens (the input of answers that tell its cached part), and a count for each bucket, "ttfb_ms 0.05"; none of
+        # what is unknown.  A request looks up one row; who asks adds up.
         self.rows: Sums = {}
         self.minutes: Sums = {}  # Unix minute -> what it had of requests, comparable and cached tokens
         self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
@@ -2544,7 +2537,8 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         return sorted(own, key=lambda row: -row[moment])[:count]
 
     def row(sums: Mapping[Any, float]) -> Record:
-        return {shown: sums.get(name, 0) for shown, name in SHOWN.items()}
+        names = ("requests", "errors", "cached_tokens", "output_tokens")
+        return {"input_tokens": sums.get("comparable_tokens", 0), **{name: sums.get(name, 0) for name in names}}
 
     sees_all = identity.name is None or identity.is_admin
     models: Sums = {}

@@ -1212,7 +1212,7 @@ JSON_END: Final = re.compile(r"[ \t\n\r]*\}[ \t\n\r]*")
 JSON_EMPTY: Final = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 # Before an element of an array, the first one or a further one; without group 1, the array ends.
 JSON_FIRST: Final = re.compile(r"\[[ \t\n\r]*(?:\]|())")
-JSON_NEXT: Final = re.compile(r"[ \t\n\r]*(?:\]|(,)[ \t\n\r]*)")
+JSON_NEXT: Final = re.compile(r"[ \t\n\r]*(?:(,)[ \t\n\r]*|\])")
 Span = Tuple[int, int]
 Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
 

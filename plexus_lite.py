@@ -2873,11 +2873,6 @@ class Credentials:
                 self._warnings.append(f"{error}; all keys stay as they were")
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
-    def expires(self, provider: Provider) -> float:
-        """Return when what stands for us at *provider* ends (Unix time); math.inf if it does not say."""
-        source = self._sources.get(provider.name)
-        return source.value.expires if isinstance(source, SignIn) and source.value else math.inf
-
     def fields(self, provider: Provider, refused: Fields = (), may_wait: bool = True) -> Optional[Fields]:
         """Return what stands for us at *provider*; *refused* came back with a 401.
 

@@ -159,6 +159,7 @@ SESSION_SOURCES: Final = (
 SESSION_SPELLINGS: Final = ("session_id", "session-id")
 LISTS: Final = ("input", "messages")  # where the items of a prompt stand: Responses, chat
 TURN_STATE: Final = "x-codex-turn-state"  # minted by one upstream, readable only there
+TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2: a method, a field's name
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -417,7 +418,7 @@ a_secret: Final = a_text(
 a_field_value: Final = a_text(
     r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
 )
-a_token: Final = a_text(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", "a header field name")
+a_token: Final = a_text(TOKEN, "a header field name")
 
 
 @Check
@@ -880,7 +881,6 @@ def render_reference() -> str:
 Field = Tuple[str, str]
 Raw = Union[bytes, bytearray]
 
-TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 HOST: Final = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?"
 REQUEST_LINE: Final = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 TARGET: Final = re.compile(rf"(?:(?i:https?)://({HOST}))?(/[^?#]*)(\?[^#]*)?")

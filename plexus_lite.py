@@ -199,12 +199,12 @@ TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
 CACHE_MINIMUM_TOKENS: Final = 1024  # OpenAI caches no shorter prompt
+CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 MAX_SEEN: Final = 2000  # bodies of which it is remembered what they consist of, in some KiB each
 SEEN_DIGESTS_BYTES: Final = 64 * KIB  # of one body: more than 16,000 items are no conversation, and 2000 such add up
 MAX_SPANS: Final = 20_000  # of an array, more than are remembered: each takes 128 bytes, for items of two bytes, too
 SEEN_BYTES: Final = 4 * KIB  # shorter bodies are parsed in less time than is saved
 UNKNOWN_TOKENS: Final = 2**53  # of a turn whose answer was cut before it told
-CACHE_IDLE_S: Final = 300.0  # and keeps a prefix for 5 to 10 minutes of idle time
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504, 529})
 
 EXIT_OK: Final = 0

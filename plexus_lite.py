@@ -1448,20 +1448,22 @@ def decode_content(raw: Raw, encoding: str, limit: int, load_zstd: Callable[[], 
         return None
     if coding is DEFLATE and raw[:1] and raw[0] & 15 != 8:
         coding = RAW_DEFLATE
-    out = bytearray()
+    parts: List[bytes] = []
+    left = limit
     try:
         for _ in range(1 if coding.name == "deflate" else MAX_MEMBERS):
             if not coding.magic.match(raw):
                 raise coding.error("it begins like something else")
             inflater = coding.start()
-            out += inflater.decompress(raw, limit + 1 - len(out))
-            if len(out) > limit:
+            parts.append(inflater.decompress(raw, left + 1))
+            left -= len(parts[-1])
+            if left < 0:
                 raise too_large("decoded body", limit)
             if not inflater.eof:
                 raise coding.error("it ends too early")
             raw = inflater.unused_data
             if not raw:
-                return bytes(out)
+                return b"".join(parts)  # of one, as is usual, no copy
         raise coding.error("bytes follow it")
     except coding.error as error:
         raise ProxyError("invalid_request", f"the {coding.name} body is damaged: {error}") from None

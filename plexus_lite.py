@@ -2333,22 +2333,19 @@ class SessionTable:
         """Store *turn* for the session *key* (16 bytes); return the one it had."""
         memory, head, width = self._memory, self.HEAD, self.WAYS * self.HEAD.size
         bucket = self.HEADS_AT + int.from_bytes(key[:4], "little") % (self.SESSIONS // self.WAYS) * width
-        place, previous = memory.find(key, bucket, bucket + width), None
-        is_known = place >= 0
-        if not is_known:
+        place = memory.find(key, bucket, bucket + width)
+        if place < 0:
             slots = range(bucket, bucket + width, head.size)
             place = min(slots, key=lambda slot: head.unpack_from(memory, slot)[2])
         begin = (place - self.HEADS_AT) // head.size * self.PREFIX_BYTES
-        if is_known:
-            _, checksum, at, target, input_tokens, length = head.unpack_from(memory, place)
-            prefix = bytes(memory[begin : begin + min(length, self.PREFIX_BYTES)])
-            found = Turn(at, target, input_tokens, prefix)
-            previous = found if hash(found) & 0xFFFFFFFF == checksum else None
-        if len(turn.prefix) > self.PREFIX_BYTES:
-            turn = turn._replace(prefix=turn.prefix[: self.PREFIX_BYTES])
+        owner, checksum, at, target, input_tokens, length = head.unpack_from(memory, place)
+        prefix = bytes(memory[begin : begin + min(length, self.PREFIX_BYTES)])
+        previous = Turn(at, target, input_tokens, prefix)
+        is_own = owner == key and hash(previous) & 0xFFFFFFFF == checksum
+        turn = turn._replace(prefix=turn.prefix[: self.PREFIX_BYTES])
         memory[begin : begin + len(turn.prefix)] = turn.prefix
         head.pack_into(memory, place, key, hash(turn) & 0xFFFFFFFF, *turn[:3], len(turn.prefix))
-        return previous
+        return previous if is_own else None
 
 
 # name: type, labels, help

@@ -3804,8 +3804,6 @@ class Application(Protocol):
 
     def start(self, exchange: Exchange, connection: "ClientConnection") -> None: ...  # and again for a further target
 
-    def digest_later(self, exchange: Exchange) -> None: ...  # its answer has begun: its body is no longer needed
-
     def done(self, exchange: Exchange) -> None: ...  # it has ended: write its record
 
     def is_draining(self) -> bool: ...  # no further request is taken on a connection
@@ -4399,8 +4397,6 @@ class Answer:
             self._commit(self._body.length if isinstance(self._body, LengthBody) else None)
         rest, self._start = self._start, b""
         self._take(self._body.feed(rest))
-        if head.status < 400:
-            self.connection.app.digest_later(self.exchange)
 
     def _learn(self, head: AnswerHead) -> None:
         """Remember what this head teaches: the target is well or has to rest, where the session lies now, who minted
@@ -4575,8 +4571,8 @@ class Answer:
     def tick(self, now: float) -> None:
         connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
-        if self.exchange.json:  # the upstream thinks, so there is time for this
-            self.exchange.digest(self._fleet)
+        if self.exchange.json:  # it has not ended at once, so there is time for this, and the body can go
+            self.loop.take_turn(self.exchange.digest, self._fleet)
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
@@ -5147,7 +5143,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.body_bytes = 0
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
-        self._begun: List[Exchange] = []  # and no digests taken yet
         self._ended: List[Exchange] = []  # and not observed yet
         self._max_ended = 1 if shared.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._draining = False
@@ -5198,30 +5193,21 @@ class Server(http.server.ThreadingHTTPServer):
             error = ProxyError("overloaded", "the system has no thread left for this request")
             self.loop.call(turn[1].respond_error, error)
 
-    def digest_later(self, exchange: Exchange) -> None:
-        self._begun.append(exchange)
-        self._wait_for_quiet(self._begun)
-
     def done(self, exchange: Exchange) -> None:
         self._ended.append(exchange)
-        self._wait_for_quiet(self._ended)
+        self.loop.patience_s = QUIET_S
+        if len(self._ended) == self._max_ended:
+            self.loop.call(self._observe_ended)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
 
-    def _wait_for_quiet(self, waiting: List[Exchange]) -> None:
-        self.loop.patience_s = QUIET_S
-        if len(waiting) == self._max_ended:
-            self.loop.call(self._observe_ended)
-
     def _observe_ended(self) -> None:
         """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
-        begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
+        ended, self._ended = self._ended, []
         self.loop.patience_s = TICK_S
-        for exchange in begun:
-            self.loop.guard(exchange.digest, self.fleet)
         for exchange in ended:
             self.loop.guard(self._observe, exchange)
 

@@ -1484,10 +1484,6 @@ class Route(NamedTuple):
     api: str = "responses"
     id: str = ""
 
-    @property
-    def is_forwarded(self) -> bool:
-        return self.action in ("forward", "stored")
-
 
 # what the path behind the prefix is called, and what each method does there
 ROUTES: Final = {
@@ -3840,7 +3836,7 @@ class ClientConnection:
     phase = Phase.IDLE
     _pending = b""  # bytes of the request being read, or of the ones after it
     _head_bytes = b""  # of the answer, until its first bytes leave with it
-    _framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
+    framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
     _aborted = False  # close without a clean end once the rest is out
     _took_at = 0.0  # when the client last took something of unsent
 
@@ -3873,10 +3869,9 @@ class ClientConnection:
         """Take a step of the TLS handshake.  All of it has the time for a head, as the wait for the first byte has."""
         try:
             self.sock.do_handshake()  # type: ignore[attr-defined]
-        except ssl.SSLWantReadError:
-            self.loop.watch(self.sock, READ, self._on_ready)
-        except ssl.SSLWantWriteError:
-            self.loop.watch(self.sock, WRITE, self._on_ready)
+        except BLOCKED as error:
+            is_full = isinstance(error, ssl.SSLWantWriteError)
+            self.loop.watch(self.sock, WRITE if is_full else READ, self._on_ready)
         except OSError as error:
             if getattr(error, "reason", None) != "HTTP_REQUEST":
                 self.close()
@@ -3903,8 +3898,8 @@ class ClientConnection:
                 data = b""
             if data:
                 self._received(data)
-            elif data is not None:
-                self._on_end()
+            elif data is not None:  # FIN counts as gone: no agent half-closes, and who has left must cost no tokens
+                self.close()
 
     def _received(self, data: bytes) -> None:
         if self.phase == Phase.LINGERING:
@@ -3914,14 +3909,6 @@ class ClientConnection:
             self._advance()
         elif len(self._pending) > PIPELINE_BYTES:
             self._watch()
-
-    def _on_end(self) -> None:
-        """FIN counts as gone: no agent half-closes, and one that has left must not cost tokens."""
-        if self.phase == Phase.BUSY and self.exchange and not self.exchange.route.is_forwarded:
-            self.closing = True  # an answer of our own costs nothing: it may still be wanted
-            self.loop.watch(self.sock, 0)
-        else:
-            self.close()
 
     def _advance(self) -> None:
         """Read as much of a request as is there; stop once one is complete."""
@@ -4032,16 +4019,16 @@ class ClientConnection:
         exchange = self.exchange
         assert exchange is not None
         own: List[Field] = []
-        self._framing = "length"
+        self.framing = "length"
         if length is None and exchange.head.version == 1:
-            self._framing = "chunked"
+            self.framing = "chunked"
             own.append(("Transfer-Encoding", "chunked"))
         elif length is None:
-            self._framing = "close"
+            self.framing = "close"
         elif status not in (204, 304):
             own.append(("Content-Length", str(length)))
         own.append(("x-plexus-request-id", exchange.record["id"]))
-        self.closing = self.closing or self._framing == "close" or self.app.is_draining()
+        self.closing = self.closing or self.framing == "close" or self.app.is_draining()
         if self.closing:
             own.append(("Connection", "close"))
         line = f"HTTP/1.1 {status} {reason}\r\n".encode("latin-1")
@@ -4054,7 +4041,7 @@ class ClientConnection:
         assert exchange is not None
         exchange.bytes_out += len(payload)
         wire = payload
-        if self._framing == "chunked":
+        if self.framing == "chunked":
             wire = b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
             if is_last:
                 wire += b"0\r\n\r\n"
@@ -4062,10 +4049,6 @@ class ClientConnection:
             wire, self._head_bytes = self._head_bytes + wire, b""
             exchange.record["ttfb_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
         self.send(wire)
-
-    def send_comment(self, comment: bytes) -> None:
-        """Send what is no part of the answer's body, between two events of it."""
-        self.send(b"%x\r\n%b\r\n" % (len(comment), comment) if self._framing == "chunked" else comment)
 
     def send(self, wire: bytes) -> None:
         """Send what the client takes now and keep the rest; never blocks."""
@@ -4081,10 +4064,6 @@ class ClientConnection:
             self._took_at = self.loop.now
         self.unsent += memoryview(wire)[sent:]
         self._watch()
-
-    @property
-    def is_chunked(self) -> bool:
-        return self._framing == "chunked"
 
     def _offer(self, data: Union[bytes, bytearray]) -> int:
         """Return how much of *data* the client takes now.  What TLS takes is counted only when it has taken all."""
@@ -4161,7 +4140,7 @@ class ClientConnection:
         """End an answer that cannot be completed: what came is delivered, then the connection breaks, without the
         last chunk.  A clean end would be taken for a complete answer."""
         self._end_exchange(code)
-        if self._framing == "close":
+        if self.framing == "close":
             # Only a reset tells such a client that the body is cut.
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
@@ -4255,7 +4234,7 @@ class Answer:
     _start = b""  # of the answer, until its head is complete
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
-    _tail: Optional[bytes] = None  # the last bytes of an event stream into which comments may go
+    _tail = b""  # the last bytes of an event stream into which comments may go
     _ids: Optional[ResponseIds] = None
     _is_direct = False  # an event stream that may leave by _relay_direct()
     _direct_bytes = 0  # of the body, that did
@@ -4307,8 +4286,8 @@ class Answer:
 
     def _is_between(self) -> bool:
         """Say whether the stream is at a point from which _relay_direct() can go on: between chunks and events."""
-        is_between_events = self._tail is not None and self._tail[-2:] == b"\n\n"
-        return self._is_direct and is_between_events and not self._ids and self._body.is_between_chunks()
+        is_between_events = self._is_direct and self._tail[-2:] == b"\n\n"
+        return is_between_events and not self._ids and self._body.is_between_chunks()
 
     def _relay_direct(self, events: int) -> None:
         """Pass on chunks of whole events that tell nothing, as they came; leave all else to _on_ready().
@@ -4416,10 +4395,14 @@ class Answer:
         """Pass on one read's payload, and the end of the body with it; what is read of it is read afterwards."""
         connection, exchange, done = self.connection, self.exchange, self._body.done
         if self._held is not None:
-            self._hold(self._held, payload)
+            self._held += payload
+            if done:
+                self._end_held()
+            elif len(self._held) > HELD_ANSWER_BYTES:
+                self._stop_holding("is too long")
             return
         connection.send_payload(payload, done)
-        if self._tail is not None:
+        if self._tail:
             self._tail = payload[-4:] if len(payload) > 3 else (self._tail + payload)[-4:]
         if self._ids and self._ids.feed(payload):
             if self._ids.found:
@@ -4432,13 +4415,6 @@ class Answer:
             connection.finish()
         elif self._is_direct or len(connection.unsent) > HIGH_WATER_BYTES:
             self._watch()
-
-    def _hold(self, held: bytearray, payload: bytes) -> None:
-        held += payload
-        if self._body.done:
-            self._end_held()
-        elif len(held) > HELD_ANSWER_BYTES:
-            self._stop_holding("is too long")
 
     def _stop_holding(self, why: str) -> None:
         """An error answer cannot be held back any longer: ask the next target, or hand on what is here and relay on."""
@@ -4536,7 +4512,12 @@ class Answer:
             self._take(payload)
 
     def _secrets(self) -> Tuple[bytes, ...]:
-        return secrets_of((*self.target.provider.headers, *self.exchange.credential), self._proxy)
+        """Return the credentials in the fields that we add, and those for a proxy that reads them, for masking."""
+        proxy = self._proxy
+        fields = [*self.target.provider.headers, *self.exchange.credential, *(proxy.fields() if proxy else ())]
+        values = [value.rpartition(" ")[2].encode("ascii") for name, value in fields if name.lower() in CREDENTIALS]
+        password = proxy.credentials.partition(b":")[2] if proxy else b""
+        return tuple(value for value in (*values, password) if len(value) >= 4)
 
     def _commit(self, length: Optional[int]) -> None:
         """The answer goes to the client: from here on there is no other target."""
@@ -4556,7 +4537,7 @@ class Answer:
         asked, used = exchange.model, self.target.model
         fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
         connection.begin_answer(head.status, head.reason, fields, length)
-        if self._tail and connection.is_chunked and self.upstream:
+        if self._tail and connection.framing == "chunked" and self.upstream:
             sock = self.upstream.sock
             self._receive: Callable[[], bytes] = functools.partial(sock.recv, RECEIVE_BYTES)
             if isinstance(sock, ssl.SSLSocket):
@@ -4585,10 +4566,10 @@ class Answer:
             return
         elif now - self._quiet_since > provider.timeout_s("idle_timeout_s", limits):
             connection.abort("upstream_timeout")
-        elif self._tail and self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < limits.keepalive_s <= silent_s:
+        elif self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < limits.keepalive_s <= silent_s:
             # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.
             self._commented_at = now
-            connection.send_comment(b": keepalive\n\n")
+            connection.send_payload(b": keepalive\n\n")
 
 
 class Feed:
@@ -4627,14 +4608,6 @@ class Feed:
 
     def detach(self) -> None:
         """The page has gone: nothing else is held."""
-
-
-def secrets_of(fields: Sequence[Field], proxy: Optional[ForwardProxy]) -> Tuple[bytes, ...]:
-    """Return the credentials in the *fields* that we add, and those of the *proxy* that reads them, for masking."""
-    fields = [*fields, *(proxy.fields() if proxy else ())]
-    values = [value.rpartition(" ")[2].encode("ascii") for name, value in fields if name.lower() in CREDENTIALS]
-    password = proxy.credentials.partition(b":")[2] if proxy else b""
-    return tuple(value for value in (*values, password) if len(value) >= 4)
 
 
 # ---------------------------------------------------------------------------

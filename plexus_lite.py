@@ -3164,7 +3164,7 @@ class Transport(urllib.request.BaseHandler):
 
     def __init__(self, config: Config, connect_demo: Callable[[], socket.socket]) -> None:
         """Load certificates and keys, look up forward proxies; ConfigError names what cannot be used."""
-        self.loop: Optional[Loop] = None  # set by whoever runs one: it watches what is idle
+        self.loop: Loop  # set by whoever runs one, before a connection is released: it watches what is idle
         self._limits = config.limits
         self._connect_demo = connect_demo
         self._lock = threading.Lock()  # protects _idle and _is_closed
@@ -3221,7 +3221,7 @@ class Transport(urllib.request.BaseHandler):
                 idle.append(connection)
         if not is_kept:
             self._close(connection)
-        elif self.loop:
+        else:
             self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
 
     def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
@@ -3236,7 +3236,7 @@ class Transport(urllib.request.BaseHandler):
                 idle.remove(connection)
         if is_idle:
             self._close(connection)
-        elif self.loop:
+        else:
             self.loop.watch(connection.sock, 0)
 
     def expire(self, now: float) -> None:
@@ -3252,10 +3252,7 @@ class Transport(urllib.request.BaseHandler):
 
     def _close(self, connection: UpstreamConnection) -> None:
         """Close what is, or was, in the pool; in any thread."""
-        if self.loop:
-            self.loop.hand(self.loop.close, connection.sock)
-        else:
-            connection.close()
+        self.loop.hand(self.loop.close, connection.sock)
 
     # -- what the opener calls ---------------------------------------------
 
@@ -3795,6 +3792,7 @@ class Application(Protocol):
     loop: Loop
     clients: Set["ClientConnection"]
     body_bytes: int  # of the requests of all clients together, held until nothing can fail over any more
+    workers: int  # that share limits.max_buffered_bytes
 
     def admit(self, exchange: Exchange) -> None: ...  # set its route and identity, or refuse it by its head
 
@@ -3971,7 +3969,7 @@ class ClientConnection:
         self.app.body_bytes += len(payload)
         if exchange.size > limits.max_body_bytes:
             raise too_large("body", limits.max_body_bytes)
-        if self.app.body_bytes > limits.max_buffered_bytes:
+        if self.app.body_bytes * self.app.workers > limits.max_buffered_bytes:
             message = f"the request bodies under way fill limits.max_buffered_bytes ({limits.max_buffered_bytes})"
             raise ProxyError("overloaded", message)
         if exchange.reader.done:
@@ -5053,16 +5051,13 @@ def listen(host: str, port: int) -> socket.socket:
     Not by HTTPServer.server_bind: it asks the resolver for the host's name, which can take seconds without network.
     """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
+    with closing_on_error(sock):
         if os.name != "nt":  # there it would let two programs have the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host.strip("[]"), port))
         sock.listen(BACKLOG)
         sock.setblocking(False)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
+    return sock
 
 
 def catch_signals(handler: Callable[[int], None]) -> None:
@@ -5111,13 +5106,13 @@ class Server(http.server.ThreadingHTTPServer):
         self._number = number
         self.loop = Loop()
         self.log = log
-        self.started = shared.started
+        self.started, self.workers = shared.started, shared.workers
         self._reload_state = reload_state
         self.body_bytes = 0
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
         self._ended: List[Exchange] = []  # and not observed yet
-        self._max_ended = 1 if shared.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
+        self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._draining = False
         self._drain_deadline = math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
@@ -5247,7 +5242,7 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self._observe_ended()
         self._publish()
-        others = (self._shared.read(number) for number in range(self._shared.workers) if number != self._number)
+        others = (self._shared.read(number) for number in range(self.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
         total.counts["plexus_build_info"] = {(__version__, sys.version.split()[0]): 1}
         total.counts["process_start_time_seconds"] = {(): self.started}
@@ -5260,7 +5255,7 @@ class Server(http.server.ThreadingHTTPServer):
     def attach_feed(self, connection: ClientConnection, exchange: Exchange) -> None:
         def render() -> Dict[str, Any]:
             status = render_status(self._total(), exchange.identity, self.state.config, time.time())
-            return {**status, "started": self.started, "workers": self._shared.workers}
+            return {**status, "started": self.started, "workers": self.workers}
 
         if connection.exchange is exchange:
             Feed(connection, exchange, render)
@@ -5364,11 +5359,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._shared.clients[self._number] = len(self.clients)  # some have left
         self._observe_ended()  # on a busy day it is never quiet
         self.state.transport.expire(now)
-        if self._shared.workers > 1:
-            self._publish()
         self._pass_on_warnings()
-        if self._shared.workers > 1 and os.getppid() != self._shared.supervisor and not self._draining:
-            self.drain()  # it has died, and nobody else would stop us
+        if self.workers > 1:
+            self._publish()
+            if os.getppid() != self._shared.supervisor and not self._draining:
+                self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
 
     def _pass_on_warnings(self) -> None:
@@ -6569,31 +6564,21 @@ def serve(options: Options) -> int:
     shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
 
-    def load_share() -> State:
-        return share_of(again(), workers)
-
     def serve_one(number: int) -> int:
         if config.cpu_affinity:
             bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
-        current = share_of(state, workers)
+        current = state
         if workers > 1:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
-                current = load_share()
-        server = Server(current, log, load_share, listener, shared, number, page)
+                current = again()
+        server = Server(current, log, again, listener, shared, number, page)
         server.catch_signals()
         server.serve_forever()
         log.close()
         return EXIT_OK
 
     return serve_one(0) if workers == 1 else Supervisor(serve_one, listener, shared).run(workers)
-
-
-def share_of(state: State, workers: int) -> State:
-    """Return *state* with one process' share of the memory that is for all processes together."""
-    limits = state.config.limits
-    limits = limits._replace(max_buffered_bytes=-(-limits.max_buffered_bytes // workers))
-    return state._replace(config=state.config._replace(limits=limits))
 
 
 def announce(config: Config, listener: socket.socket) -> None:

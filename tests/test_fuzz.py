@@ -529,6 +529,7 @@ class Bench:
         self.records: List[Dict[str, Any]] = []
         self.clients: Set[plexus_lite.ClientConnection] = set()
         self.body_bytes = 0
+        self.workers = 1
         self.sock = BenchSocket()
         sock: Any = self.sock
         self.client = plexus_lite.ClientConnection(self, sock, "127.0.0.1")

@@ -53,6 +53,11 @@ class Script:
         return self._steps()
 
 
+def idle_loop() -> Any:
+    """Return a loop that watches nothing and calls at once, for a pool on its own."""
+    return mock.Mock(hand=lambda function, *arguments: function(*arguments), close=lambda sock: sock.close())
+
+
 def refusing_port(add_cleanup: Callable[..., Any]) -> int:
     """Return a port that refuses connections until *add_cleanup* gives it back."""
     sock = socket.socket()
@@ -261,6 +266,7 @@ class PoolIdleTest(TransportTest):
     def test_what_is_too_many_or_comes_back_too_late_is_closed(self):
         config = plexus_lite.parse_config(make_config("http://up.example/v1"))
         transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        transport.loop = idle_loop()
         pairs = [socket.socketpair() for _ in range(3)]
         for sock in (sock for pair in pairs for sock in pair):
             self.addCleanup(sock.close)
@@ -276,6 +282,7 @@ class PoolIdleTest(TransportTest):
         """An answer that nobody asked for (408, say) would be taken for that to the next request."""
         config = plexus_lite.parse_config(make_config("http://up.example/v1"))
         transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        transport.loop = idle_loop()
         (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
         request = plexus_lite.OutboundRequest(target, "/models", "GET", [], may_wait=False)
         for said, is_used in ((b"", True), (b"HTTP/1.1 408 Request Timeout\r\n\r\n", False)):
@@ -291,6 +298,7 @@ class PoolIdleTest(TransportTest):
     def test_the_session_of_a_tls_connection_is_copied_once(self):
         """To copy one takes a tenth of a millisecond, more than all else that a release does."""
         transport = plexus_lite.Transport(plexus_lite.parse_config(make_config("http://up.example/v1")), self.fail)
+        transport.loop = idle_loop()
         sock = mock.Mock(spec=ssl.SSLSocket)
         session = type(sock).session = mock.PropertyMock(return_value=None)
         connection = plexus_lite.UpstreamConnection(sock, ("https", "up.example", "up"))

@@ -3844,7 +3844,7 @@ class ClientConnection:
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
         self._handshaking = isinstance(sock, ssl.SSLSocket)
-        self._watch()
+        self.loop.watch(sock, READ, self._shake_hands if self._handshaking else self._on_ready)
 
     @property
     def limits(self) -> Limits:
@@ -3863,13 +3863,13 @@ class ClientConnection:
         events = 0 if unread or self._aborted else READ
         self.loop.watch(self.sock, events | WRITE if self.unsent else events, self._on_ready)
 
-    def _shake_hands(self) -> None:
+    def _shake_hands(self, events: int) -> None:
         """Take a step of the TLS handshake.  All of it has the time for a head, as the wait for the first byte has."""
         try:
             self.sock.do_handshake()  # type: ignore[attr-defined]
         except BLOCKED as error:
             is_full = isinstance(error, ssl.SSLWantWriteError)
-            self.loop.watch(self.sock, WRITE if is_full else READ, self._on_ready)
+            self.loop.watch(self.sock, WRITE if is_full else READ, self._shake_hands)
         except OSError as error:
             if getattr(error, "reason", None) != "HTTP_REQUEST":
                 self.close()
@@ -3884,9 +3884,6 @@ class ClientConnection:
             self._watch()
 
     def _on_ready(self, events: int) -> None:
-        if self._handshaking:
-            self._shake_hands()
-            return
         if events & WRITE:
             self._flush()
         if events & READ and not self.is_closed:
@@ -4213,7 +4210,7 @@ class ClientConnection:
 
     def end_idle(self) -> None:
         """Draining: a connection without a request ends at once; what has just come on one is read and refused."""
-        if self.phase == Phase.IDLE and self.can_give_way():
+        if self.phase == Phase.IDLE and (self._handshaking or self.can_give_way()):
             self.close()
         elif self.phase == Phase.IDLE:
             self._on_ready(READ)
@@ -5004,9 +5001,8 @@ class Log:
         else:
             self._lines.put(render_json(record))
 
-    def event(self, level: str, message: str, **details: Any) -> None:
-        stamp = new_record(time.time(), "", "")["ts"]
-        self.record({"ts": stamp, "level": level, "message": message, **details}, level)
+    def event(self, level: str, message: str) -> None:
+        self.record({"ts": new_record(time.time(), "", "")["ts"], "level": level, "message": message}, level)
 
     def reopen(self) -> None:
         """Open the file again by its name, before the next line: it may have been rotated away."""
@@ -5268,9 +5264,8 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         self.log.event("error", f"internal error: {type(error).__name__}: {error}")
-        self.loop.call(
-            request[1].respond_error, ProxyError("internal_error", "internal error; the proxy's log has more")
-        )
+        answer = ProxyError("internal_error", "internal error; the proxy's log has more")
+        self.loop.call(request[1].respond_error, answer)
 
     def _end_broken(self, function: Callable[..., None], error: Exception) -> None:
         """A defect in the loop's thread: say so, and close the connection that it happened on."""

@@ -4548,7 +4548,7 @@ class Answer:
         connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
         if self.exchange.json:  # it has not ended at once, so there is time for this, and the body can go
-            self.loop.take_turn(self.exchange.digest, self._fleet)
+            self.loop.take_turn(self._digest)
         if now > self._deadline and self._held is not None:
             self._stop_holding("does not end")
         elif now > self._deadline:
@@ -4565,6 +4565,10 @@ class Answer:
             # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.
             self._commented_at = now
             connection.send_payload(b": keepalive\n\n")
+
+    def _digest(self) -> None:
+        if self.upstream:  # else a handler may have the exchange by now, in a thread
+            self.exchange.digest(self._fleet)
 
 
 class Feed:

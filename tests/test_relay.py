@@ -104,7 +104,8 @@ class LoopTest(unittest.TestCase):
     def test_no_digest_is_taken_once_a_handler_has_the_exchange(self):
         """A thread may read the JSON at that moment, to send it under another model's name."""
         for is_attached in (True, False):
-            exchange, turns = unittest.mock.Mock(), []
+            exchange = unittest.mock.Mock()
+            turns: List[Any] = []
             answer: Any = unittest.mock.Mock(exchange=exchange, _deadline=9.0, _quiet_since=0, _commented_at=0)
             answer._digest = functools.partial(plexus_lite.Answer._digest, answer)
             answer.loop.take_turn = turns.append

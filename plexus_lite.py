@@ -3906,10 +3906,11 @@ class ClientConnection:
             self._watch()
 
     def _advance(self) -> None:
-        """Read as much of a request as is there; stop once one is complete."""
+        """Read as much of a request as is there; stop once one is complete, and while the client does not read."""
         try:
-            while self._pending and self.phase in READING and not self.is_closed and self._read_some(self.limits):
-                pass
+            while self._pending and self.phase in READING and not self.is_closed:
+                if len(self.unsent) > HIGH_WATER_BYTES or not self._read_some(self.limits):
+                    break
         except ProxyError as error:
             self.refuse(error)
         self._watch()
@@ -4082,6 +4083,8 @@ class ClientConnection:
             self.answer.resume()
         elif self.phase == Phase.LINGERING:
             self._shut()
+        elif self._pending:
+            self._advance()
         self._watch()
 
     def finish(self) -> None:

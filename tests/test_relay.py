@@ -539,6 +539,18 @@ class GivesWayTest(unittest.TestCase):
         self.assertEqual(len(bench.records), 2)
 
 
+class PipelineTest(unittest.TestCase):
+    def test_while_the_client_does_not_read_its_further_requests_wait(self):
+        """300 KB of requests for the status page, which needs no key, took 400 MB: all were answered into memory."""
+        bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], bytes(100 * 1024)))
+        bench.sock.room = 0
+        bench.receive(PI * 50)
+        self.assertLess(len(bench.client.unsent), 400 * 1024)
+        bench.sock.room = 10**9
+        bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
+        self.assertEqual((len(bench.records), len(bench.client.unsent)), (50, 0))
+
+
 class TruncationTest(RelayTest):
     """An answer that broke off must never look whole."""
 

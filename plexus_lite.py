@@ -3219,10 +3219,10 @@ class Transport(urllib.request.BaseHandler):
             is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN
             if is_kept:
                 idle.append(connection)
-        if not is_kept:
-            self._close(connection)
-        else:
+        if is_kept:
             self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
+        else:
+            self.loop.close(connection.sock)
 
     def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
         """An idle connection has something to say: its end, what nobody asked for, or a TLS session ticket."""
@@ -3235,7 +3235,7 @@ class Transport(urllib.request.BaseHandler):
                         return
                 idle.remove(connection)
         if is_idle:
-            self._close(connection)
+            self.loop.close(connection.sock)
         else:
             self.loop.watch(connection.sock, 0)
 
@@ -3244,15 +3244,11 @@ class Transport(urllib.request.BaseHandler):
         with self._lock:
             for idle in self._idle.values():
                 while idle and idle[0].idle_since < now - self._limits.pool_idle_s:
-                    self._close(idle.pop(0))
+                    self.loop.close(idle.pop(0).sock)
 
     def close(self) -> None:
         self._is_closed = True
         self.expire(math.inf)
-
-    def _close(self, connection: UpstreamConnection) -> None:
-        """Close what is, or was, in the pool; in any thread."""
-        self.loop.hand(self.loop.close, connection.sock)
 
     # -- what the opener calls ---------------------------------------------
 
@@ -3285,7 +3281,7 @@ class Transport(urllib.request.BaseHandler):
             with contextlib.suppress(OSError):
                 if receive(connection.sock) is None:
                     return connection
-            self._close(connection)
+            self.loop.hand(self.loop.close, connection.sock)
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""

@@ -4578,6 +4578,7 @@ class Feed:
 
     def __init__(self, connection: ClientConnection, exchange: Exchange, render: Callable[[], Dict[str, Any]]) -> None:
         self._connection, self._render = connection, render
+        self._keys = connection.app.state.credentials.keys
         connection.answer, connection.phase = self, Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
@@ -4585,8 +4586,9 @@ class Feed:
         self.tick(connection.loop.now)
 
     def tick(self, now: float) -> None:
-        connection = self._connection
-        if connection.app.is_draining():
+        connection, app = self._connection, self._connection.app
+        # Other keys: whose page this is may be none any more, or see less.  It asks for another ticket by itself.
+        if app.is_draining() or app.state.credentials.keys is not self._keys:
             connection.send_payload(b"", is_last=True)
             connection.finish()
         elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts

@@ -428,6 +428,30 @@ class StatusTest(ViewCase):
         self.assertEqual(support.get(self.proxy.port, "/status?ticket=" + good, key=None).status, 401)
         self.assertNotIn(mac, self.proxy.error_text())
 
+    def test_an_open_stream_ends_when_the_keys_change(self) -> None:
+        self.start()
+        folder = os.path.dirname(self.proxy.config_path)
+
+        def write(name: str, secret: str) -> None:
+            with open(os.path.join(folder, name + ".new"), "w", encoding="ascii") as file:
+                file.write(secret)
+            os.replace(os.path.join(folder, name + ".new"), os.path.join(folder, name))
+
+        write("boss", "sk-before")
+        keys = {"team": KEYS["team"], "boss": {"secret": "file:boss", "admin": True}}
+        with Page(self.proxy.port, self.ticket("sk-other")) as page:
+            page.next_event()
+            self.proxy.write_config(support.make_config(self.upstreams, keys=keys))
+            self.proxy.process.send_signal(signal.SIGHUP)
+            list(page.chunks)  # to its end
+        self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-other").status, 401)
+        with Page(self.proxy.port, self.ticket("sk-before")) as page:
+            page.next_event()
+            write("boss", "sk-after")
+            list(page.chunks)
+        self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-before").status, 401)
+        self.assertEqual(self.status("sk-after")["key"], "boss")
+
     def test_without_keys(self) -> None:
         self.start(keys=None)
         self.ask("s", key=None)

@@ -6524,15 +6524,20 @@ def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> Sta
 
 
 def serve(options: Options) -> int:
-    again = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
-    state = again()
+    demo, ticket_secret = DemoBackend(), secrets.token_bytes(32)
+
+    def load() -> State:
+        state = load_state(options, demo, ticket_secret)
+        raise_descriptor_limit(state.config)
+        return state
+
+    state = load()
     config = state.config
     try:
         if options.log_file is not None:
             os.close(Log.open(options.log_file))
     except OSError as error:
         raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
-    raise_descriptor_limit(config)
     threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
@@ -6564,8 +6569,8 @@ def serve(options: Options) -> int:
         current = state
         if workers > 1:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
-                current = again()
-        server = Server(current, log, again, listener, shared, number, page)
+                current = load()
+        server = Server(current, log, load, listener, shared, number, page)
         server.catch_signals()
         server.serve_forever()
         log.close()

@@ -481,6 +481,18 @@ class ReloadTest(ServerTest):
         self.reload(proxy)
         self.assertEqual(self.models(proxy), ["second"])
 
+    @unittest.skipUnless(sys.platform == "linux", "only Linux has prlimit")
+    def test_more_connections_get_their_descriptors(self):
+        import resource
+
+        proxy = self.start()
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (300, hard))
+        proxy.write_config(make_config("http://127.0.0.1:9/v1", limits={"max_connections": 100}))
+        self.reload(proxy)
+        wanted = 2 * 100 + 256
+        self.assertEqual(resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE), (wanted, hard))
+
     def test_reload_beyond_loopback_without_keys_is_refused(self):
         proxy = self.start(args=["--host", "0.0.0.0"])
         proxy.write_config(make_config("http://127.0.0.1:9/v1", keys=None))

@@ -5073,6 +5073,17 @@ def hold_signals(hold: bool) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, SIGNALS)
 
 
+def render_defect(error: Optional[BaseException]) -> str:
+    """Return what the log says of an *error* that nobody expected: what it is, and the line of this file that it came
+    from.  Not its text, in which anything may stand that passes here."""
+    line, step = 0, error and error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename == render_defect.__code__.co_filename:
+            line = step.tb_lineno
+        step = step.tb_next
+    return f"internal error: {type(error).__name__} in line {line} of version {__version__}"
+
+
 def process_figures() -> Dict[str, float]:
     """Return Prometheus' figures of this process, as far as the system tells them (Linux tells all in /proc)."""
     figures = {"process_cpu_seconds_total": time.process_time()}
@@ -5267,16 +5278,14 @@ class Server(http.server.ThreadingHTTPServer):
         """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        self.log.event("error", f"internal error: {type(error).__name__}: {error}")
+        self.log.event("error", render_defect(sys.exc_info()[1]))
         answer = ProxyError("internal_error", "internal error; the proxy's log has more")
         self.loop.call(request[1].respond_error, answer)
 
     def _end_broken(self, function: Callable[..., None], error: Exception) -> None:
         """A defect in the loop's thread: say so, and close the connection that it happened on."""
         owner = getattr(function, "__self__", None)
-        name = getattr(function, "__qualname__", "the loop")
-        self.log.event("error", f"internal error: {type(error).__name__} in {name}: {error}")
+        self.log.event("error", render_defect(error))
         if isinstance(owner, Answer):
             owner = owner.connection
         if isinstance(owner, ClientConnection):

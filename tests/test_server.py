@@ -425,6 +425,50 @@ class StopTest(ServerTest):
         self.assertLess(time.monotonic() - started, 4)
 
 
+class DefectTest(ServerTest):
+    """What nobody expected ends one exchange, not the service, and is told without its text: a key may stand there."""
+
+    SABOTAGED = """import sys
+sys.path.insert(0, {!r})
+import plexus_lite
+def fail(*_):
+    raise ValueError("sk-upstream")
+plexus_lite.{} = fail
+sys.exit(plexus_lite.main(sys.argv[1:]))"""
+
+    def start_with(self, broken: str) -> Proxy:
+        proxy = Proxy(make_config("http://127.0.0.1:9/v1"))
+        proxy._command[1:2] = ["-c", self.SABOTAGED.format(os.path.dirname(PROGRAM), broken)]
+        return enter(self.addCleanup, proxy)
+
+    def assertTold(self, proxy: Proxy) -> None:
+        message = proxy.wait_for_record(lambda one: "level" in one)["message"]
+        self.assertRegex(message, r"^internal error: ValueError in line [1-9][0-9]* of version [0-9.]+$")
+        with open(PROGRAM, encoding="utf-8") as file:
+            source = file.read().split("\n")[int(message.split()[5]) - 1]
+        self.assertRegex(source, r"getattr\(self, \"do_\"|_read_some\(")
+        self.assertNotIn("sk-upstream", proxy.error_text())
+
+    def test_in_a_handler_is_a_500_and_the_connection_goes_on(self):
+        proxy = self.start_with("Handler.do_health")
+        client = self.connect(proxy)
+        client.send(build_request("GET", "/health"))
+        got = client.read_answer("GET")
+        self.assertEqual((got.status, got.error_code), (500, "internal_error"))
+        client.send(build_request("GET", "/v1/models"))
+        self.assertEqual(client.read_answer("GET").status, 200)
+        self.assertTold(proxy)
+
+    def test_in_the_loop_ends_the_connection_that_it_happened_on(self):
+        proxy = self.start_with("ClientConnection._read_some")
+        idle, client = self.connect(proxy), self.connect(proxy)
+        client.send(build_request("GET", "/health"))
+        self.assertTrue(client.at_eof(2))
+        self.assertTold(proxy)
+        self.assertFalse(select.select([idle.sock], [], [], 0)[0])
+        self.assertEqual(proxy.stop(), 0)
+
+
 @needs_hup
 class ReloadTest(ServerTest):
     def hup(self, proxy: Proxy) -> None:

@@ -5235,11 +5235,12 @@ class Server(http.server.ThreadingHTTPServer):
         cooling: Dict[Labels, float] = {}
         tally.counts["plexus_targets_cooling"] = cooling
         for provider in self.state.config.providers.values():
+            cooling[(provider.name,)] = 0
             for url in provider.urls():
                 place = Target(provider, url, "").place
-                rest_s = max((rest for name, rest in resting.items() if name.startswith(place)), default=0.0)
-                tally.open[provider.name, url] = (busy[place], round(rest_s))
-            cooling[(provider.name,)] = sum(name.startswith(provider.name + " ") for name in resting)
+                rests = [rest_s for name, rest_s in resting.items() if name.startswith(place)]
+                tally.open[provider.name, url] = (busy[place], round(max(rests, default=0.0)))
+                cooling[(provider.name,)] += len(rests)
         tally.counts["plexus_cooldowns_total"] = {(name,): count for name, count in self.fleet.cooldowns().items()}
         tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
         for name, value in process_figures().items():

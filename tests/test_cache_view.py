@@ -110,6 +110,7 @@ class ViewCase(unittest.TestCase):
             "FEED_S": 0.05,
             "LOG_PAUSE_S": 0.001,
             "RESPAWN_S": (0.05, 10.0),
+            "COOLDOWN_FIRST_S": 60.0,
             "CACHE_IDLE_S": idle_s,
         }
         self.proxy._command[1:2] = ["-c", RUNNER.format(os.path.dirname(support.PROGRAM), times)]
@@ -342,6 +343,19 @@ def bytes_out_are(count: int) -> Callable[[Dict[str, Any]], bool]:
 
 
 class MetricsTest(ViewCase):
+    def test_what_rests_is_counted_where_it_rests(self) -> None:
+        """One name, and one URL, is the beginning of another."""
+        one = {"api_base_url": ["http://127.0.0.1:9/v1", "http://127.0.0.1:9/v12"], "models": ["gpt-one"]}
+        two = {"api_base_url": "http://127.0.0.1:9/v1", "models": ["gpt-two"]}
+        self.start(providers={"up": one, "up 2": two})
+        for model, wanted in (("gpt-two", (0, 1)), ("gpt-one", (2, 1))):
+            self.assertEqual(self.ask(None, model=model)["status"], 502)
+            series = self.scrape()
+            found = [total(series, "plexus_targets_cooling", provider=name) for name in ("up", "up 2")]
+            self.assertEqual(tuple(found), wanted)
+            cools = [row["cooling_s"] > 0 for row in self.status()["targets"]]
+            self.assertEqual(cools, [wanted[0] > 0, wanted[0] > 0, True])
+
     @NEEDS_WORKERS
     def test_counters_never_go_backwards_when_a_worker_is_killed(self) -> None:
         self.start(workers=2)

@@ -2801,11 +2801,11 @@ class SignIn(WatchedFile):
         url, client_id = self._provider.oauth_token_url, self._provider.oauth_client_id
         form = {"grant_type": "refresh_token", "refresh_token": tokens.refresh, "client_id": client_id}
         status, content = self._ask_issuer(self._provider, urllib.parse.urlencode(form).encode("ascii"))
-        if status in (400, 401, 403):
+        answer = json.loads(content) if content.lstrip()[:1] == b"{" else None
+        if status in (400, 401, 403) and member(answer, "error"):  # RFC 6749 5.2; not the page of what stands before it
             tokens.refresh = ""
-        answer = json.loads(content) if status == 200 else None
         new = {name: visible(member(answer, name)) for name in ("access_token", "id_token", "refresh_token")}
-        if not new["access_token"]:
+        if status != 200 or not new["access_token"]:
             raise ValueError(f"{url} answered {status} without a token; `codex login` begins anew")
         auth = json.loads(tokens.content)
         auth["tokens"].update((name, token) for name, token in new.items() if token)

@@ -522,6 +522,18 @@ class Renewal(SignInTest):
         self.assertNotEqual(self.sent(credentials), old)
         self.assertEqual(self.issuer.spent, ["rt-spent", self.refresh])
 
+    def test_a_page_that_stands_before_the_issuer_refuses_no_token(self):
+        self.patch("RENEW_PAUSE_S", 0)
+        old = access(-1)
+        self.sign_in(old)
+        credentials = self.make()
+        page = answer(403, {"Content-Type": "text/html"}, b"<!DOCTYPE html><title>Are you human?</title>")
+        self.issuer.script(page, answer(401, (), {"message": "unknown route"}))
+        for _ in range(2):
+            self.assertEqual(self.sent(credentials), old)
+        self.assertNotEqual(self.sent(credentials), old)
+        self.assertEqual(self.issuer.spent, [self.refresh])
+
     def test_an_issuer_that_cannot_be_reached_leaves_the_token_in_use(self):
         old = access(100)
         self.sign_in(old)

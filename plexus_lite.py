@@ -6543,6 +6543,8 @@ def serve(options: Options) -> int:
 
     state = load()
     config = state.config
+    # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
+    options = options._replace(host=config.host, port=str(config.port))
     try:
         if options.log_file is not None:
             os.close(Log.open(options.log_file))

@@ -538,10 +538,13 @@ class ReloadTest(ServerTest):
         self.assertEqual(resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE), (wanted, hard))
 
     def test_reload_beyond_loopback_without_keys_is_refused(self):
-        proxy = self.start(args=["--host", "0.0.0.0"])
-        proxy.write_config(make_config("http://127.0.0.1:9/v1", keys=None))
-        self.assertIn("allow_anonymous", json.dumps(self.reload(proxy)))
-        self.assertEqual(get(proxy.port, "/v1/models", key=None).status, 401)
+        """Also where the new file says another host: that one waits for a restart."""
+        for args, host in ((["--host", "0.0.0.0"], None), ([], "0.0.0.0")):
+            with self.subTest(args):
+                proxy = self.start(args=args, host=host)
+                proxy.write_config(make_config("http://127.0.0.1:9/v1", keys=None, host="127.0.0.1"))
+                self.assertIn("allow_anonymous", json.dumps(self.reload(proxy)))
+                self.assertEqual(get(proxy.port, "/v1/models", key=None).status, 401)
 
     def test_log_file_is_opened_again_after_it_was_moved(self):
         with tempfile.TemporaryDirectory() as folder:

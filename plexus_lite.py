@@ -3746,7 +3746,7 @@ class Exchange:
     was_stale = False  # its pooled connection
     credential: Sequence[Field] = ()  # what was sent
     refused: Sequence[Field] = ()  # what it answered with a 401 before
-    waited_s = 0.0  # for 429s
+    waits_since: Optional[float] = None  # for 429s to pass (monotonic)
     last_answer: Optional["Answer"] = None  # an error, read to its end and not sent: another is asked first
     last_error: ProxyError = UpstreamError("no target is enabled")
     left: Tuple[str, ...] = ()  # the providers that a further target stood in for
@@ -4911,10 +4911,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if held is None:
             raise exchange.last_error
         if held.head.status == 429:
-            pause = retry_after_of(held.head.headers, time.time())
-            pause = 1.0 if pause is None else max(pause, 0.1)
-            if exchange.waited_s + pause <= held.target.provider.wait_on_429_s:
-                exchange.waited_s += pause
+            now = time.monotonic()
+            exchange.waits_since = exchange.waits_since or now
+            pause = retry_after_of(held.head.headers, time.time()) or 1.0  # 0 and a past date say no time
+            if now + pause <= exchange.waits_since + held.target.provider.wait_on_429_s:
                 exchange.tried = 0
                 self.hand(self.connection.await_turn, pause)
                 return

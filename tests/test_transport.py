@@ -1,6 +1,7 @@
 """Room 8 and failover, end to end: pooled connections, TLS, what an upstream may answer, and who is asked next."""
 
 import contextlib
+import email.utils
 import os
 import socket
 import ssl
@@ -749,6 +750,7 @@ class FailoverTest(TransportTest):
             "dead": dict(every, api_base_url=dead),
             "pair": dict(every, api_base_url=[cls.a.base_url, cls.b.base_url]),
             "patient": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=3),
+            "brief": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=1.5),
         }
 
         def alias(name: str, *places: str) -> Dict[str, Any]:
@@ -763,6 +765,7 @@ class FailoverTest(TransportTest):
         models["pair"] = alias("m4", "pair")
         models["patient"] = alias("m5", "patient")
         models["patient-2"] = alias("m6", "patient")
+        models["brief"] = alias("m8", "brief")
         models["dead-and-patient"] = alias("m7", "dead", "patient")
         config = {"keys": {"team": {"secret": "sk-client"}}, "providers": providers, "models": models}
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
@@ -914,6 +917,15 @@ class FailoverTest(TransportTest):
         self.assertEqual(got.json(), {"error": {"message": "slow down"}})
         self.assertLess(time.monotonic() - started, 2)
         self.assertEqual(self.asked()[0], 1)
+
+    def test_429_that_names_no_time_is_asked_again_after_a_second_and_only_as_long_as_wait_on_429_s_says(self):
+        started = time.monotonic()
+        past = email.utils.formatdate(0, usegmt=True)
+        names = {"Retry-After": "0"}, {"Retry-After": past}, {"retry-after-ms": "0"}, {"Retry-After": "0"}
+        self.a.script(*(answer(429, fields, {"error": {}}) for fields in names))
+        self.assertEqual(self.ask("brief").status, 429)
+        self.assertEqual(self.asked()[0], 2)
+        self.assertTrue(1 <= time.monotonic() - started < 2.5)
 
     def test_429_is_waited_out_though_another_target_is_dead(self):
         self.a.script(answer(429, {"retry-after-ms": "100"}, {"error": {}}), answer(200, (), {"second": "time"}))

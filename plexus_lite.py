@@ -4546,9 +4546,10 @@ class Answer:
     def tick(self, now: float) -> None:
         connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
+        is_idle = now - self._quiet_since > provider.timeout_s("idle_timeout_s", limits)
         if self.exchange.json:  # it has not ended at once, so there is time for this, and the body can go
             self.loop.take_turn(self._digest)
-        if now > self._deadline and self._held is not None:
+        if self._held is not None and (is_idle or now > self._deadline):
             self._stop_holding("does not end")
         elif now > self._deadline:
             if self.upstream and self.upstream.connecting:  # what its name means by now may answer
@@ -4558,7 +4559,7 @@ class Answer:
             self._failed(self._error(what, "upstream_timeout"))
         elif self._deadline < math.inf or connection.unsent:
             return
-        elif now - self._quiet_since > provider.timeout_s("idle_timeout_s", limits):
+        elif is_idle:
             connection.abort("upstream_timeout")
         elif self._tail.endswith((b"\n\n", b"\r\n\r\n")) and 0 < limits.keepalive_s <= silent_s:
             # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.

@@ -108,6 +108,7 @@ class LoopTest(unittest.TestCase):
             turns: List[Any] = []
             answer: Any = unittest.mock.Mock(exchange=exchange, _deadline=9.0, _quiet_since=0, _commented_at=0)
             answer._digest = functools.partial(plexus_lite.Answer._digest, answer)
+            answer.target.provider.timeout_s.return_value = 9.0
             answer.loop.take_turn = turns.append
             plexus_lite.Answer.tick(answer, 1.0)
             answer.upstream = answer.upstream if is_attached else None

@@ -750,7 +750,7 @@ class FailoverTest(TransportTest):
             "dead": dict(every, api_base_url=dead),
             "pair": dict(every, api_base_url=[cls.a.base_url, cls.b.base_url]),
             "patient": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=3),
-            "brief": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=1.5),
+            "brief": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=1.5, idle_timeout_s=0.3),
         }
 
         def alias(name: str, *places: str) -> Dict[str, Any]:
@@ -766,6 +766,7 @@ class FailoverTest(TransportTest):
         models["patient"] = alias("m5", "patient")
         models["patient-2"] = alias("m6", "patient")
         models["brief"] = alias("m8", "brief")
+        models["brief-first"] = alias("m9", "brief", "b")
         models["dead-and-patient"] = alias("m7", "dead", "patient")
         config = {"keys": {"team": {"secret": "sk-client"}}, "providers": providers, "models": models}
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
@@ -917,6 +918,16 @@ class FailoverTest(TransportTest):
         self.assertEqual(got.json(), {"error": {"message": "slow down"}})
         self.assertLess(time.monotonic() - started, 2)
         self.assertEqual(self.asked()[0], 1)
+
+    def test_an_error_answer_that_falls_silent_is_left_after_idle_timeout_s(self):
+        started, never = time.monotonic(), threading.Event()
+        self.addCleanup(never.set)
+        for status, model, wanted in ((503, "brief-first", 200), (400, "brief", 400)):
+            self.a.script([b"HTTP/1.1 %d X\r\nContent-Length: 9\r\n\r\n" % status, b"{", Pause(never)])
+            got = self.ask(model)
+            self.assertEqual((got.status, got.complete), (wanted, wanted == 200))
+        self.assertLess(time.monotonic() - started, 5)  # an error answer that goes on and on has 10 s
+        self.assertEqual(self.record(got)["error"], "upstream_timeout")
 
     def test_429_that_names_no_time_is_asked_again_after_a_second_and_only_as_long_as_wait_on_429_s_says(self):
         started = time.monotonic()

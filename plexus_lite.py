@@ -3774,6 +3774,12 @@ class Exchange:
         if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
             self.json = body._replace(members={}, lists={})
 
+    def turn_to(self, target: Target) -> None:
+        """From here on *target* answers for it."""
+        self.target = target
+        name = target.model[:MAX_NAME_CHARS] or None
+        self.record.update(provider=target.provider.name, target=target.base_url, upstream_model=name)
+
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
         if self.record["error"] is None:
@@ -4500,6 +4506,7 @@ class Answer:
     def hand_on(self) -> None:
         """Relay the error answer that was held back, as it is but for our credentials in it."""
         if self.connection.exchange is self.exchange and self._held is not None:
+            self.exchange.turn_to(self.target)  # one that was asked later gave no answer
             payload, self._held = mask(bytes(self._held), self._secrets()), None
             length = self._body.length if isinstance(self._body, LengthBody) else None
             self._commit(len(payload) if self._body.done else length)
@@ -4860,12 +4867,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.was_stale, exchange.refused = False, ()
             exchange.record["attempts"] += 1
         assert target is not None
-        exchange.asks_again, exchange.target = False, target
-        exchange.record.update(
-            provider=target.provider.name,
-            target=target.base_url,
-            upstream_model=target.model[:MAX_NAME_CHARS] or None,
-        )
+        exchange.asks_again = False
+        exchange.turn_to(target)
         self.fleet.opened(target)
         return target
 

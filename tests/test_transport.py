@@ -854,6 +854,8 @@ class FailoverTest(TransportTest):
         self.a.script(answer(500, {"x-from": "a"}, {"error": {"message": "from a"}}))
         got = self.ask("dead-last")
         self.assertEqual((got.status, got.all("x-from"), got.json()["error"]), (500, ["a"], {"message": "from a"}))
+        record = self.record(got)
+        self.assertEqual((record["provider"], record["target"], record["attempts"]), ("a", self.a.base_url, 2))
 
     def test_no_answer_at_all_is_a_502(self):
         self.check_error(self.ask("all-dead"), 502, "upstream_connection_error")

@@ -1508,7 +1508,7 @@ WITH_ID: Final = re.compile(
 # What any backend takes.  Of other values the SHA-256 leaves: the Codex backend refuses more than 64 characters,
 # stripping some would make distinct sessions collide, and CR or LF must never pass.
 ROUTING_VALUE: Final = re.compile(r"[\x21-\x7e]{1,64}")
-NOT_RETURNED: Final = HOP_BY_HOP | {"set-cookie", "content-length", "x-plexus-request-id"}
+NOT_RETURNED: Final = HOP_BY_HOP | {"set-cookie", "content-length", "x-plexus-request-id", "x-plexus-error"}
 FOR_STREAMS: Final = (("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"))  # where absent
 
 
@@ -4527,13 +4527,13 @@ class Answer:
         connection.forget_body(exchange)
         exchange.body = b""
         is_stream, is_encoded = is_event_stream(head.headers), head.headers.get("content-encoding") is not None
-        if head.status < 400:
-            exchange.record["stream"] = is_stream
+        exchange.record["stream"] = is_stream
         if is_stream and not is_encoded and length is None:
             self._tail = b"\n\n"
         if exchange.state.has_places and head.status < 300:
             self._ids = ResponseIds()
-        if exchange.route.action == "forward" and not is_encoded:  # else it was counted when it was made
+        # What a stored response took was counted when it was made; of an error there is the code.
+        if (exchange.route.action == "forward" or head.status >= 400) and not is_encoded:
             exchange.usage = UsageReader(is_stream)
         asked, used = exchange.model, self.target.model
         fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
@@ -4650,15 +4650,18 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     """Read the body as far as routing needs it, and plan which targets are asked."""
     state, route, headers = exchange.state, exchange.route, exchange.headers
     encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
+    exchange.session = session_of(headers, None)
     raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
-    body = exchange.json = None if raw is None else read_json(raw, headers, fleet, now)
-    model = exchange.model = model_of(exchange, body) if body else None
+    body = exchange.json = None if raw is None else read_json(raw, exchange.session, fleet, now)
+    exchange.cache_key = cache_key(body)
+    exchange.session = session_of(headers, exchange.cache_key)
+    model = exchange.model = body.text("model") if body else None
+    if body:
+        check_model(exchange, body)
     targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
         is_known = model in model_list(state.config)
         raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
-    exchange.cache_key = cache_key(body)
-    exchange.session = session_of(headers, exchange.cache_key)
     plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only", targets[0].id)
     if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
         plan = plan._replace(reason="direct")
@@ -4668,18 +4671,18 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
 CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
 
 
-def read_json(raw: Raw, headers: Headers, fleet: Fleet, now: float) -> JsonBody:
+def read_json(raw: Raw, told: Session, fleet: Fleet, now: float) -> JsonBody:
     """Return the JSON body *raw*; what it repeats of the turn before is not parsed again.
 
-    Which session it belongs to, its headers tell before, or a look at the bytes, which need not be right.
+    Which session it belongs to, its headers have *told* before, or a look at the bytes, which need not be right.
     """
-    session, seen = session_of(headers, None), None
+    session, seen = told, None
     if len(raw) >= SEEN_BYTES:
-        found = None if session.value else CACHE_KEY.match(raw, raw.rfind(b'"prompt_cache_key"'))
+        found = None if told.value else CACHE_KEY.match(raw, raw.rfind(b'"prompt_cache_key"'))
         session = Session(found[1].decode("latin-1")) if found else session
         seen = fleet.seen.get(session.digest or "", now)
     body = parse_json_body(raw, seen or NOTHING_SEEN)
-    if body.items.seen and session_of(headers, cache_key(body)).value is None:  # then its first items are needed
+    if body.items.seen and told.value is None and not cache_key(body):  # then its first items are needed
         body = parse_json_body(raw)
     return body
 
@@ -4728,9 +4731,9 @@ def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
     )
 
 
-def model_of(exchange: Exchange, body: JsonBody) -> str:
-    """Return the model that *body* asks for, if this key may use it."""
-    model, allowed = body.text("model"), exchange.identity.models
+def check_model(exchange: Exchange, body: JsonBody) -> None:
+    """Refuse a *body* that asks for no model, or for one that this key may not use."""
+    model, allowed = exchange.model, exchange.identity.models
     if model is None:
         found = f"is {describe(body.members['model'])}" if "model" in body.members else "is missing"
         raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
@@ -4739,7 +4742,6 @@ def model_of(exchange: Exchange, body: JsonBody) -> str:
             raise no_such_model(exchange, model)
         message = f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}"
         raise ProxyError("model_not_allowed", message, param="model")
-    return model
 
 
 def usable_models(exchange: Exchange) -> List[str]:
@@ -4817,13 +4819,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange = self.exchange
         if exchange.plan is NO_PLAN:
             exchange.headers = exchange.head.headers.end_to_end()
-            (place_stored if exchange.route.action == "stored" else place)(exchange, self.fleet, time.monotonic())
-            exchange.record.update(
-                session=exchange.session.digest,
-                session_source=exchange.session.source,
-                model=exchange.model and exchange.model[:MAX_NAME_CHARS],
-                placement=exchange.plan.reason or None,
-            )
+            try:
+                (place_stored if exchange.route.action == "stored" else place)(exchange, self.fleet, time.monotonic())
+            finally:  # of a request that is refused, too, the record has what is known
+                exchange.record.update(
+                    session=exchange.session.digest,
+                    session_source=exchange.session.source,
+                    model=exchange.model and exchange.model[:MAX_NAME_CHARS],
+                    placement=exchange.plan.reason or None,
+                )
         may_wait = not self.server.loop.is_this_thread()
         while not exchange.is_gone:
             target = self.next_target()

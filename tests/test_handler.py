@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import sys
 import types
@@ -96,6 +97,9 @@ class HandlerTest(unittest.TestCase):
 
     def post(self, body: Any, headers: Any = (), path: str = "/v1/responses", key: Any = "sk-client") -> Answer:
         return post(self.proxy.port, path, body, headers, key)
+
+    def record(self, got: Answer) -> Dict[str, Any]:
+        return self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
 
     def sent(self, body: Any, headers: Any = (), path: str = "/v1/responses") -> Recorded:
         """Post, expect 200, return what arrived at "up"."""
@@ -322,6 +326,9 @@ class MainJobTest(HandlerTest):
             ("Via", "1.1 two"),
         ]
         hidden = [("Set-Cookie", "a=b"), ("Connection", "X-Hop"), ("X-Hop", "h"), ("Keep-Alive", "timeout=3")]
+        hidden += [
+            ("x-plexus-error", "overloaded"),
+            ("x-plexus-request-id", "req_1"),
         self.up.script(answer(200, fields + hidden, b"{}"))
         got = self.post({"model": "gpt-test"})
         self.assertEqual(without(got.headers, "content-length", "x-plexus-request-id", "connection"), fields)
@@ -344,6 +351,10 @@ class MainJobTest(HandlerTest):
         got = self.post({"model": "gpt-test", "stream": False}, {"Accept": "application/json"})
         self.assertEqual(got.body, b"".join(events))
         self.assertEqual(got.header("Transfer-Encoding"), "chunked")
+        self.assertEqual(self.record(got)["stream"], True)
+        for content_type, wanted in (("text/event-stream", True), ("application/json", False)):
+            self.up.script(answer(400, {"Content-Type": content_type}, b"{}"))
+            self.assertEqual(self.record(self.post({"model": "gpt-test"}))["stream"], wanted)
 
     def test_status_and_reason_and_body_of_an_error_come_back_as_they_are(self):
         body = b'{"error": {"message":"no", "type":"x", "code":"context_length_exceeded"} }\n'
@@ -598,11 +609,9 @@ class KeysTest(HandlerTest):
         self.assert_error(got, 401, "invalid_api_key")
 
     def test_label_and_name_are_logged_and_the_secret_is_not(self):
-        got = self.ask(("Authorization", "Bearer sk-client:nightly-42"))
-        record = self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
+        record = self.record(self.ask(("Authorization", "Bearer sk-client:nightly-42")))
         self.assertEqual((record["key"], record["label"]), ("team", "nightly-42"))
-        plain = self.ask(("x-api-key", "sk-few"))
-        record = self.proxy.wait_for_record(lambda one: one["id"] == plain.header("x-plexus-request-id"))
+        record = self.record(self.ask(("x-api-key", "sk-few")))
         self.assertEqual((record["key"], record["label"]), ("few", None))
         self.assertNotIn("sk-client", self.proxy.error_text())
 
@@ -613,6 +622,20 @@ class KeysTest(HandlerTest):
         self.assert_error(self.ask(("x-api-key", "sk-few"), model="direct/other/other-model"), 403, "model_not_allowed")
         self.assertEqual(self.ask(("x-api-key", "sk-few"), model="coder").status, 200)
         self.assertEqual(self.other.requests, [])
+
+    def test_what_is_known_of_a_refused_request_is_recorded(self):
+        for key, body, wanted in (
+            ("sk-few", {"model": "other-model"}, "other-model"),
+            ("sk-client", {"model": "nonesuch"}, "nonesuch"),
+            ("sk-client", {"model": 7}, None),
+            ("sk-client", b"{", None),
+        ):
+            record = self.record(self.post(body, {"session-id": "one"}, key=key))
+            found = [record[name] for name in ("route", "model", "session", "session_source", "provider")]
+            digest = hashlib.sha256(b"one").hexdigest()[:12]
+            self.assertEqual(found, ["/responses", wanted, digest, "session-id", None])
+        by_key = self.record(self.post({"model": "nonesuch", "prompt_cache_key": "one"}))
+        self.assertEqual((by_key["session"], by_key["session_source"]), (digest, "prompt_cache_key"))
 
     def test_unknown_model_lists_the_models_that_exist(self):
         message = self.assert_error(self.ask(("x-api-key", "sk-client"), model="nonesuch"), 404, "model_not_found")
@@ -856,6 +879,16 @@ class StoredResponsesTest(HandlerTest):
         self.up.script(answer(400, (), {"error": {"message": "cannot be cancelled"}}))
         got = self.ask("POST", "/v1/responses/resp_odd/cancel")
         self.assertEqual((got.status, self.other.requests), (400, []))
+
+    def test_the_code_of_an_error_is_recorded_and_no_tokens_are(self):
+        """They were counted when the response was made."""
+        for status, answered, wanted in (
+            (404, {"error": {"code": "gone"}}, "gone"),
+            (200, {"usage": {"input_tokens": 7}}, None),
+        ):
+            self.up.script(answer(status, (), answered))
+            record = self.record(self.ask("GET", "/v1/responses/resp_x", "sk-up-only"))
+            self.assertEqual((record["error"], record["input_tokens"]), (wanted, None))
 
     def test_404_of_all_is_handed_on_as_it_is(self):
         body = b'{"error":{"message":"not here either"}}'

@@ -439,7 +439,8 @@ sys.exit(plexus_lite.main(sys.argv[1:]))"""
     def start_with(self, broken: str) -> Proxy:
         proxy = Proxy(make_config("http://127.0.0.1:9/v1"))
         proxy._command[1:2] = ["-c", self.SABOTAGED.format(os.path.dirname(PROGRAM), broken)]
-        return enter(self.addCleanup, proxy)
+        enter(self.addCleanup, proxy)
+        return proxy
 
     def assertTold(self, proxy: Proxy) -> None:
         message = proxy.wait_for_record(lambda one: "level" in one)["message"]

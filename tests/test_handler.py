@@ -329,6 +329,7 @@ class MainJobTest(HandlerTest):
         hidden += [
             ("x-plexus-error", "overloaded"),
             ("x-plexus-request-id", "req_1"),
+        ]  # of another plexus_lite behind us
         self.up.script(answer(200, fields + hidden, b"{}"))
         got = self.post({"model": "gpt-test"})
         self.assertEqual(without(got.headers, "content-length", "x-plexus-request-id", "connection"), fields)

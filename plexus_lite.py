@@ -282,6 +282,10 @@ def too_large(what: str, limit: int) -> ProxyError:
     return ProxyError("content_too_large", f"the {what} is larger than limits.max_body_bytes ({limit})")
 
 
+def shutting_down() -> ProxyError:
+    return ProxyError("shutting_down", "the proxy is shutting down")
+
+
 class ClientGone(Exception):
     """The client closed its connection: nobody is left to answer."""
 
@@ -4220,7 +4224,15 @@ class ClientConnection:
         elif self.phase == Phase.IDLE:
             self._on_ready(READ)
         if self.phase == Phase.HEAD:
-            self.refuse(ProxyError("shutting_down", "the proxy is shutting down"))
+            self.refuse(shutting_down())
+
+    def cut(self) -> None:
+        """The program ends: answer what has no answer yet, break off what has, close."""
+        if self.exchange and self.exchange.record["status"] is None:
+            self.refuse(shutting_down())
+        elif self.exchange:
+            self.abort("shutting_down")
+        self.close()
 
 
 class Answer:
@@ -5151,7 +5163,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.run()
         finally:
             for client in list(self.clients):
-                client.close()
+                client.cut()
             self._observe_ended()
             self._pass_on_warnings()  # the last may be of tokens that end with this process
             self.server_close()
@@ -5161,7 +5173,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def admit(self, exchange: Exchange) -> None:
         if self._draining:
-            raise ProxyError("shutting_down", "the proxy is shutting down")
+            raise shutting_down()
         admit(exchange)
 
     def start(self, exchange: Exchange, connection: ClientConnection) -> None:

@@ -377,6 +377,25 @@ class StopTest(ServerTest):
         self.assertEqual((got.body, got.complete), (b"data: 1\n\n", False))
         self.assertEqual(proxy.process.wait(5), 0)
         self.assertTrue(0.3 < time.monotonic() - started < 3)
+        record = proxy.log_records()[-1]
+        self.assertEqual((record["status"], record["error"]), (200, "shutting_down"))
+
+    def test_what_has_no_answer_after_drain_s_is_refused(self):
+        upstream = self.fake()
+        proxy = self.start(upstream, limits={"drain_s": 0.4})
+        upstream.script([Pause(self.event())])
+        waiting, half = self.connect(proxy), self.connect(proxy)
+        waiting.send(ASK)
+        upstream.wait_for_requests(1)
+        half.send(build_request("POST", "/v1/responses", b"{}", {"Expect": "100-continue"})[:-2])
+        half.wait_for(b"100 Continue")
+        proxy.process.send_signal(signal.SIGTERM)
+        for client in (waiting, half):
+            got = client.read_answer()
+            self.assertEqual((got.status, got.error_code, got.complete), (503, "shutting_down", True))
+        self.assertEqual(proxy.process.wait(5), 0)
+        self.assertTrue(upstream.wait_disconnected(1, 2))
+        self.assertEqual([one["error"] for one in proxy.log_records()], ["shutting_down"] * 2)
 
     def test_second_signal_cuts_at_once(self):
         upstream = self.fake()

@@ -5002,7 +5002,6 @@ class Log:
     must not stop the service.  What does not fit into the queue is dropped, and a line says so."""
 
     def __init__(self, path: Optional[str], level: str) -> None:
-        """May raise OSError: the file cannot be opened."""
         self._level = LEVELS.index(level)
         self._path = path
         self._fd = 2 if path is None else self.open(path)
@@ -5014,7 +5013,10 @@ class Log:
 
     @staticmethod
     def open(path: str) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        except OSError as error:
+            raise ConfigError(f"--log-file {path}", f"cannot be opened: {error.strerror}") from None
 
     def record(self, record: Record, level: str = "info") -> None:
         if LEVELS.index(level) > self._level:
@@ -5027,7 +5029,7 @@ class Log:
             self._lines.put(render_json(record))
 
     def event(self, level: str, message: str) -> None:
-        self.record({"ts": new_record(time.time(), "", "")["ts"], "level": level, "message": message}, level)
+        self.record(new_event(level, message), level)
 
     def reopen(self) -> None:
         """Open the file again by its name, before the next line: it may have been rotated away."""
@@ -5045,9 +5047,11 @@ class Log:
             lines += [self._lines.get() for _ in range(self._lines.qsize())]
             if self._reopens:
                 self._reopens = False
-                with contextlib.suppress(OSError):  # the old file stays if the new one cannot be opened
+                try:
                     fd, self._fd = self._fd, self.open(str(self._path))
                     os.close(fd)
+                except ConfigError as error:
+                    self.event("error", f"{error}; the old file goes on")
             data = b"".join(lines)
             with contextlib.suppress(OSError):  # closed, or the disk is full
                 while data:
@@ -5058,6 +5062,20 @@ class Log:
             if self._has_dropped:
                 self._has_dropped = False
                 self.event("warning", "log lines were dropped: they came faster than they could be written")
+
+
+def new_event(level: str, message: str) -> Record:
+    return {"ts": new_record(time.time(), "", "")["ts"], "level": level, "message": message}
+
+
+def log_error(path: Optional[str], message: str) -> None:
+    """Write an event into the log at *path* at once, from a process that has no Log: one with threads must not fork."""
+    event, fd = new_event("error", message), 2
+    with contextlib.suppress(ConfigError):
+        fd = fd if path is None else Log.open(path)
+    say(render_line(event) if os.isatty(fd) else JSON_ENCODER.encode(event), fd)
+    if fd != 2:
+        os.close(fd)
 
 
 def say(text: str, fd: int = 1) -> None:
@@ -5451,9 +5469,11 @@ class Server(http.server.ThreadingHTTPServer):
 class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
-    def __init__(self, serve_one: Callable[[int], int], listener: socket.socket, shared: Shared) -> None:
+    def __init__(
+        self, serve_one: Callable[[int], int], listener: socket.socket, shared: Shared, log_path: Optional[str]
+    ) -> None:
         """*serve_one* runs in a child, with its number; its result is the exit code."""
-        self._serve_one, self._shared = serve_one, shared
+        self._serve_one, self._shared, self._log_path = serve_one, shared, log_path
         self._listener = listener
         self._children: Dict[int, Tuple[int, float, float]] = {}  # pid -> worker number, started (monotonic), pause
         self._stopping = False
@@ -5469,14 +5489,15 @@ class Supervisor:
             self._shared.clients[number] = 0
             if time.monotonic() - started >= RESPAWN_S[1]:
                 pause = RESPAWN_S[0]
-            self._rest(f"worker {number} died with status {status}; another starts in {pause:g} s", pause)
+            how = f"signal {status & 127}" if status & 127 else f"exit code {status >> 8}"  # as wait(2) packs them
+            self._rest(f"worker {number} died with {how}; another starts in {pause:g} s", pause)
             self._spawn(number, min(2 * pause, RESPAWN_S[1]))
         return EXIT_OK
 
     def _rest(self, why: str, pause: float) -> None:
         until = time.monotonic() + pause
         if not self._stopping:
-            say(why, 2)
+            log_error(self._log_path, why)
         while not self._stopping and time.monotonic() < until:
             time.sleep(0.05)
 
@@ -5500,7 +5521,7 @@ class Supervisor:
                 os.setpgid(0, 0)
                 code = self._serve_one(number)
             except Exception as error:
-                say(f"worker {number}: {type(error).__name__}: {error}", 2)
+                log_error(self._log_path, f"worker {number}: {type(error).__name__}: {error}")
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
         if pid > 0:
@@ -6565,11 +6586,8 @@ def serve(options: Options) -> int:
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
     options = options._replace(host=config.host, port=str(config.port))
-    try:
-        if options.log_file is not None:
-            os.close(Log.open(options.log_file))
-    except OSError as error:
-        raise ConfigError(f"--log-file {options.log_file}", f"cannot be opened: {error.strerror}") from None
+    if options.log_file is not None:
+        os.close(Log.open(options.log_file))
     threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
@@ -6608,7 +6626,7 @@ def serve(options: Options) -> int:
         log.close()
         return EXIT_OK
 
-    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener, shared).run(workers)
+    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener, shared, options.log_file).run(workers)
 
 
 def announce(config: Config, listener: socket.socket) -> None:

@@ -586,6 +586,26 @@ class ReloadTest(ServerTest):
             for line in (new_text + old_text).splitlines():
                 json.loads(line)
 
+    def test_log_file_that_cannot_be_opened_again_is_told_in_the_old_one(self):
+        with tempfile.TemporaryDirectory() as parent:
+            folder, moved = os.path.join(parent, "logs"), os.path.join(parent, "moved")
+            os.mkdir(folder)
+            path = os.path.join(folder, "access.log")
+            proxy = self.start(args=["--log-file", path])
+            self.assertEqual(get(proxy.port, "/health").status, 200)
+            os.rename(folder, moved)
+            self.hup(proxy)
+
+            def text() -> str:
+                with open(os.path.join(moved, "access.log"), encoding="utf-8") as file:
+                    return file.read()
+
+            self.wait_until(lambda: "goes on" in text())
+            records = [json.loads(line) for line in text().splitlines()]
+            message = next(one["message"] for one in records if one.get("level") == "error")
+            problem = "cannot be opened: No such file or directory"
+            self.assertEqual(message, f"--log-file {path}: {problem}; the old file goes on")
+
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 5
         pause = threading.Event()

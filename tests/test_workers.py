@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 import types
@@ -154,7 +156,7 @@ class WorkersTest(unittest.TestCase):
     def test_who_dies_has_no_clients(self) -> None:
         shared = plexus_lite.Shared(2)
         shared.clients[1] = 9
-        supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared)
+        supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared, None)
         supervisor._children = {7: (1, time.monotonic(), 0.0)}
         with unittest.mock.patch.multiple(supervisor, _rest=unittest.mock.DEFAULT, _spawn=unittest.mock.DEFAULT):
             with unittest.mock.patch.object(plexus_lite, "catch_signals"), unittest.mock.patch.object(
@@ -163,13 +165,27 @@ class WorkersTest(unittest.TestCase):
                 supervisor.run(0)
         self.assertEqual(list(shared.clients), [0, 0])
 
-    def test_a_dead_worker_is_replaced_and_named_in_one_line(self) -> None:
-        proxy = self.start(self.upstream)
-        before = children(proxy.process.pid)
-        os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
-        self.assertIn("died with status 9", proxy.error_text())
-        self.assertEqual(support.get(proxy.port, "/health").status, 200)
+    def test_a_dead_worker_is_replaced_and_named_in_a_line_of_the_log(self) -> None:
+        def kill_one(*options: str) -> str:
+            """Return what was written to stderr."""
+            config = support.make_config(self.upstream, workers=2)
+            with support.Proxy(config, args=options) as proxy:
+                wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
+                before = children(proxy.process.pid)
+                os.kill(before[0], signal.SIGKILL)
+                wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
+                text = proxy.error_text()
+                self.assertEqual(support.get(proxy.port, "/health").status, 200)
+                return text
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            self.assertEqual(kill_one("--log-file", path), "")
+            with open(path, encoding="ascii") as file:
+                texts = [file.readline(), kill_one()]
+        for event in map(json.loads, texts):
+            self.assertEqual((sorted(event), event["level"]), (["level", "message", "ts"], "error"))
+            self.assertRegex(event["message"], r"^worker [01] died with signal 9; another starts in 1 s$")
 
     def test_a_worker_that_cannot_be_started_is_tried_again_and_one_that_fails_says_why(self) -> None:
         runner = (

@@ -6461,6 +6461,18 @@ class Options(NamedTuple):
     log_level: str = "info"
 
 
+def write_out(text: str) -> None:
+    """Write what was asked for to stdout, all of it; a reader that has left, as `head` does, had what it wanted."""
+    data = (text + "\n").encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise ConfigError("stdout", f"cannot be written: {error.strerror}") from None
+
+
 def parse_options(arguments: Sequence[str]) -> Options:
     """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it."""
     names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
@@ -6468,7 +6480,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
         given = {name.lstrip("-").replace("-", "_"): value for name, value in found}
         if given.keys() & {"h", "help", "version"}:
-            print(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
+            write_out(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
             raise SystemExit(EXIT_OK)
         command, *files = operands or ["serve"]
         has_json = given.pop("json", None) is not None
@@ -6641,7 +6653,7 @@ def announce(config: Config, listener: socket.socket) -> None:
 
 
 def init(_: Options) -> int:
-    say(STARTER)
+    write_out(STARTER)
     return EXIT_OK
 
 
@@ -6654,7 +6666,7 @@ def report(options: Options) -> int:
     encoding = str(getattr(sys.stdout, "encoding", "")).lower()
     bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
     width = shutil.get_terminal_size((100, 24)).columns
-    say(json.dumps(found.as_json()) if options.json else found.render(width, bars))
+    write_out(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 
@@ -6663,7 +6675,7 @@ def check(options: Options) -> int:
     threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    say(json.dumps(found) if options.json else render_checkups(found, width))
+    write_out(json.dumps(found) if options.json else render_checkups(found, width))
     has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
@@ -6677,13 +6689,13 @@ COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Return the exit code; what is wrong with the configuration or with a file is one line on stderr."""
+    """Return the exit code; what is wrong with the configuration, a file or stdout is one line on stderr."""
     # Started with stdout closed, say: no socket must get its number.
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
         return COMMANDS[options.command](options)
     except ConfigError as error:
         say(str(error), 2)

@@ -1,10 +1,8 @@
 """What the file promises of itself: its imports, its order, its documents."""
 
 import ast
-import contextlib
 import functools
 import importlib.util
-import io
 import json
 import os
 import re
@@ -95,10 +93,7 @@ def module_names_used(table: Any) -> Iterator[Tuple[str, int]]:
 
 
 def help_text() -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        plexus_lite.main(["--help"])
-    return printed.getvalue()
+    return run_cli("--help").stdout
 
 
 def has_word(word: str, text: str) -> bool:

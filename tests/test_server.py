@@ -669,6 +669,30 @@ class BrokenOutputTest(ServerTest):
                 with self.subTest(closed):
                     self.assertEqual(process.wait(10), 0)
 
+    def check_told(self, stdout: Any, code: int, said: str) -> None:
+        """Have the program tell everything that it can be asked for, on *stdout*."""
+        folder = enter(self.addCleanup, tempfile.TemporaryDirectory())
+        path = os.path.join(folder, "config.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"providers": {"demo": {"api_base_url": "demo://", "models": ["m"]}}}, file)
+        for arguments in (["--help"], ["--version"], ["init"], ["report", os.devnull], ["check", "--config", path]):
+            command, pipes = [sys.executable, PROGRAM, *arguments], {"stdout": stdout, "stderr": subprocess.PIPE}
+            with self.subTest(arguments[0]):
+                done = subprocess.run(command, env=clean_environment(), text=True, timeout=30, **pipes)
+                self.assertEqual((done.returncode, done.stderr), (code, said))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_what_was_asked_for_and_finds_the_disk_full_is_exit_2_and_one_line(self):
+        with open("/dev/full", "wb") as full:
+            self.check_told(full, 2, "stdout: cannot be written: No space left on device\n")
+
+    @unittest.skipIf(sys.platform == "win32", "there, nobody is told that the reader has left")
+    def test_what_was_asked_for_may_be_read_by_nobody(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        self.addCleanup(os.close, writing)
+        self.check_told(writing, 0, "")
+
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_full_disk_stops_nothing(self):
         upstream = self.fake()

@@ -6456,7 +6456,7 @@ class Options(NamedTuple):
     json: bool = False
     config: Optional[str] = None
     host: Optional[str] = None
-    port: Optional[str] = None
+    port: Optional[int] = None
     log_file: Optional[str] = None
     log_level: str = "info"
 
@@ -6474,11 +6474,14 @@ def write_out(text: str) -> None:
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
-    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it."""
+    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it.
+
+    ConfigError for a host or port that the file could not have either.
+    """
     names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
     try:
         found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
-        given = {name.lstrip("-").replace("-", "_"): value for name, value in found}
+        given: Dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in found}
         if given.keys() & {"h", "help", "version"}:
             write_out(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
             raise SystemExit(EXIT_OK)
@@ -6496,6 +6499,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
     except getopt.GetoptError as error:
         print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+    if re.fullmatch("[0-9]{1,9}", given.get("port", "")):
+        given["port"] = int(given["port"])
+    for name in given.keys() & {"host", "port"}:
+        Config.rows[name].read(given[name], f"--{name}")
     return Options(command, files, has_json, **given)
 
 
@@ -6520,7 +6527,7 @@ def read_config(path: str, options: Options) -> Config:
     value = expand_variables(value, os.environ)
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = int(given) if name == "port" and re.fullmatch("[0-9]{1,9}", given) else given
+            value[name] = given
     return parse_config(value)
 
 

@@ -762,7 +762,7 @@ class Files(ConfigTest):
 
     def test_host_and_port_give_way_to_the_options_before_anything_is_checked(self):
         content = json.dumps(document((), host="0.0.0.0", port=1, keys={})).encode()
-        config = self.read(content, host="127.0.0.1", port="0")
+        config = self.read(content, host="127.0.0.1", port=0)
         self.assertEqual((config.host, config.port), ("127.0.0.1", 0))
         content = json.dumps(document((), keys={})).encode()
         with self.assertRaises(plexus_lite.ConfigError) as caught:

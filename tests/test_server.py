@@ -177,24 +177,27 @@ class CommandLineTest(ServerTest):
         self.assertEqual(proxy.error_text(), "")
 
     def test_wrong_usage_is_exit_2_without_a_traceback(self):
+        port = "--port: expected a whole number from 0 to 65535, found "
         lines = (
-            ["--port", "x"],
-            ["--port", "70000"],
-            ["--port", "-1"],
-            ["--nonesuch"],
-            ["nonesuch"],
-            ["--log-level", "loud"],
-            ["--host", ""],
-            ["--log-file", os.path.join(tempfile.gettempdir(), "no", "such", "folder", "x.log")],
+            (["--port", "x"], port + '"x"\n'),
+            (["--port", "70000"], port + "70000\n"),
+            (["--port", "-1"], port + '"-1"\n'),
+            (["check", "--port", "", "--config", "nonesuch.json"], port + '""\n'),  # before the file is read
+            (["--nonesuch"], ""),
+            (["nonesuch"], ""),
+            (["--log-level", "loud"], ""),
+            (["--host", ""], '--host: expected a non-empty string, found ""\n'),
+            (["--log-file", os.path.join(tempfile.gettempdir(), "no", "such", "folder", "x.log")], ""),
         )
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "c.json")
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(GOOD, file)
-            for line, got in zip(lines, run_many([["--config", path, *line] for line in lines])):
+            for (line, told), got in zip(lines, run_many([["--config", path, *line] for line, _ in lines])):
                 with self.subTest(line):
                     self.assertEqual((got.returncode, got.stdout), (2, ""), got)
                     self.assertTrue(got.stderr.strip())
+                    self.assertEqual(got.stderr, told or got.stderr)
                     self.assertNotIn("Traceback", got.stderr)
 
     def test_help_and_init_are_exit_0(self):

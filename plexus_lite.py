@@ -1200,7 +1200,7 @@ def refuse_constant(name: str) -> Any:
 
 
 def bounded_int(digits: str) -> int:
-    if len(digits) > MAX_INT_DIGITS:
+    if len(digits.lstrip("-")) > MAX_INT_DIGITS:
         raise ValueError("a number has too many digits")
     return int(digits)
 
@@ -1209,6 +1209,8 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
+# The first digit of a number with too many, which no fraction or exponent makes a float of.
+LONG_INT: Final = re.compile(rf"[0-9](?<![0-9][0-9])(?=[0-9]{{{MAX_INT_DIGITS},}}(?![0-9]|\.[0-9]|[eE][-+]?[0-9]))")
 # What stands before a top-level value; a name with escapes is left to the decoder.
 JSON_NAME: Final = re.compile(r'[ \t\n\r]*([{,])[ \t\n\r]*"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
@@ -1219,6 +1221,28 @@ JSON_FIRST: Final = re.compile(r"\[[ \t\n\r]*(?:\]|())")
 JSON_NEXT: Final = re.compile(r"[ \t\n\r]*(?:(,)[ \t\n\r]*|\])")
 Span = Tuple[int, int]
 Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
+
+
+def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
+    """Return what *text* stands for; JSONDecodeError has the place of what is wrong.  Nesting is a RecursionError.
+
+    Of NaN, Infinity and long numbers, the decoder tells no place.  With a 0 for their first character, they are a
+    mistake whose place it tells; in a string, a fraction or an exponent, that 0 is none.
+    """
+    try:
+        return decoder.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "JSON" in str(error):
+            problem, marked = str(error), text.replace("NaN", "0aN").replace("Infinity", "0nfinity")
+        else:  # CPython has advice for programmers
+            problem, marked = "a number has too many digits", LONG_INT.sub("0", text)
+    try:
+        return JSON_DECODER.decode(marked)
+    except json.JSONDecodeError as error:
+        start = error.pos - 1
+        raise json.JSONDecodeError(problem, text, start - text.endswith("-", 0, start)) from None
 
 
 class Seen(NamedTuple):
@@ -1411,13 +1435,13 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
         if body:
             return body
     try:
-        JSON_DECODER.decode(raw.decode())  # says what is wrong, and where
+        parse_json(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:
         problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
     except RecursionError:
         problem = "nested too deeply"
-    except ValueError as error:  # the decoder's own, or of NaN, Infinity, a number with thousands of digits
+    except ValueError as error:
         problem = str(error)
     raise ProxyError("invalid_json", f"the body is not valid JSON: {problem}")
 
@@ -6513,7 +6537,10 @@ def read_config(path: str, options: Options) -> Config:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
         if not text.strip():
             raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-        value = json.loads(text, object_pairs_hook=unique_members, parse_constant=refuse_constant)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=unique_members, parse_constant=refuse_constant, parse_int=JSON_DECODER.parse_int
+        )
+        value = expand_variables(parse_json(text, decoder), os.environ)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
@@ -6522,9 +6549,10 @@ def read_config(path: str, options: Options) -> Config:
         raise ConfigError("", "is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError("", "nested too deeply") from None
+    except ValueError as error:
         raise ConfigError("", f"is not valid JSON: {error}") from None
-    value = expand_variables(value, os.environ)
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
             value[name] = given

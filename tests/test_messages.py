@@ -759,10 +759,13 @@ class JsonBodies(Refusals):
             ("a leading zero", b'{"a":01}', ("line 1 column ",)),
             ("a plus", b'{"a":+1}', ("line 1 column 6",)),
             ("Python", b'{"a":True}', ("line 1 column 6",)),
-            ("NaN", b'{"a":NaN}', ("NaN",)),
-            ("NaN inside", b'{"a":[{"b":NaN}]}', ("NaN",)),
-            ("Infinity", b'{"a":Infinity}', ("Infinity",)),
-            ("-Infinity", b'{"a":-Infinity}', ("-Infinity",)),
+            ("NaN", b'{"a":NaN}', (": NaN is no JSON: line 1 column 6 (char 5)",)),
+            ("NaN inside", b'{"a":[{"b":NaN}]}', (": NaN is no JSON: line 1 column 12 (char 11)",)),
+            ("NaN in a list", b'{"a":[0,\n NaN]}', (": NaN is no JSON: line 2 column 2 (char 10)",)),
+            ("NaN behind the word", b'{"NaN":"\\"NaN","a":NaN}', (": NaN is no JSON: line 1 column 20 (char 19)",)),
+            ("NaN alone", b"NaN", (": NaN is no JSON: line 1 column 1 (char 0)",)),
+            ("Infinity", b'{"a":Infinity}', (": Infinity is no JSON: line 1 column 6 (char 5)",)),
+            ("-Infinity", b'{"a":-Infinity}', (": -Infinity is no JSON: line 1 column 6 (char 5)",)),
             ("not UTF-8", b'{"a":"\xff"}', ("UTF-8", "byte 6", "0xff")),
             ("UTF-8 too long", b'{"a":"\xc0\xaf"}', ("UTF-8", "byte 6")),
             ("UTF-8 cut off", b'{"a":"\xc3"}', ("UTF-8",)),
@@ -810,14 +813,25 @@ class JsonBodies(Refusals):
 
     def test_digits_are_bounded(self):
         digits = plexus_lite.MAX_INT_DIGITS
-        for raw in (b'{"a":%s}' % (b"9" * (digits + 1)), b'{"a":[{"b":-%s}]}' % (b"9" * 50_000)):
-            self.assertRefused("invalid_json", plexus_lite.parse_json_body, raw)
+        long, many = b"9" * (digits + 1), b'{"a":"%s\\u1%s","b":1.%s,"c":%s.5,"d":1e-%s,"e":"\xc3\xa4",'
+        for name, raw, place in (
+            ("at once", b'{"a":%s}' % long, 5),
+            ("with a sign, inside, longer", b'{"a":[{"b":-%s}]}' % (b"9" * 50_000), 11),
+            ("behind what may have them", many % ((long,) * 5) + b'"f":%s}' % long, 5 * digits + 50),
+            ("before a dot", b'{"a":%s.}' % long, 5),
+            ("before NaN", b'{"a":[%s,NaN]}' % long, 6),
+        ):
+            with self.subTest(name):
+                message = self.assertRefused("invalid_json", plexus_lite.parse_json_body, raw).message
+                wanted = f": a number has too many digits: line 1 column {place + 1} (char {place})"
+                self.assertEqual(message[-len(wanted) :], wanted)
         body = plexus_lite.parse_json_body(b'{"a":%s,"b":1e400,"c":1.%s}' % (b"1" * digits, b"0" * 50_000))
         self.assertEqual(body.members["a"] % 1000, 111)
 
     def test_interpreters_without_a_bound_of_their_own_get_ours(self):
         digits = plexus_lite.MAX_INT_DIGITS
         self.assertEqual(plexus_lite.bounded_int("9" * digits) % 10, 9)
+        self.assertEqual(plexus_lite.bounded_int("-" + "9" * digits) % 10, 1)
         with self.assertRaisesRegex(ValueError, "too many digits"):
             plexus_lite.bounded_int("9" * (digits + 1))
 

@@ -240,7 +240,7 @@ class BadConfigTest(ServerTest):
         ("bad JSON", b'{\n  "providers": {\n    "p": }\n', ["line 3 column 10"]),
         ("comment", b'{\n  // here\n  "port": 1\n}', ["line 2 column 3"]),
         ("trailing comma", b'{"port": 1,}', ["line 1 column"]),
-        ("deep", b"[" * 100_000, []),
+        ("deep", b"[" * 100_000, ["nested too deeply"]),
         ("a list", b"[]", ["an object"]),
         ("no providers", b"{}", ["providers"]),
         (

@@ -433,6 +433,13 @@ def a_field_name(value: Any, path: str) -> str:
 
 
 @Check
+def an_affinity_header(value: Any, path: str) -> str:
+    if a_field_name.read(value, path).lower() in CREDENTIALS | REBUILT:
+        raise ConfigError(path, f"{value} has a value of its own, so the session value cannot stand in it")
+    return str(value)
+
+
+@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     seen: Set[str] = set()
     for name in an_object("an object of header names and values").read(value, path):
@@ -641,7 +648,7 @@ class Provider(Settings):
     session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
         SESSION_SPELLINGS, "the spellings that leave"
     )
-    affinity_headers = a_list(a_field_name, "a list of header names")(
+    affinity_headers = a_list(an_affinity_header, "a list of header names")(
         (), "further headers that receive the session value"
     )
     wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")

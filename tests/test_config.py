@@ -584,6 +584,10 @@ class HeaderSettings(ConfigTest):
     def test_affinity_headers_are_header_names(self):
         value = document(("providers", "up"), affinity_headers=["x-session-affinity", "x y"])
         self.assertRefused(value, "providers.up.affinity_headers[1]: ", '"x y"')
+        for name in ("Authorization", "x-api-key", "Cookie", "OpenAI-Project", "Host", "accept-encoding"):
+            with self.subTest(name):
+                value = document(("providers", "up"), affinity_headers=[name])
+                self.assertRefused(value, "providers.up.affinity_headers[0]: ", f"{name} has a value of its own")
 
     def test_auth_is_one_of_two(self):
         self.assertRefused(

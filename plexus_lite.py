@@ -1625,7 +1625,7 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     if not found:
         raise unknown_key(problem)
     name, rest, key = found
-    label = re.sub(r"[^\x20-\x7e]", "?", rest)[:64] if rest else None
+    label = rest.encode("latin-1").decode("utf-8", "replace")[:64] or None
     return Identity(name, label, frozenset(fields), key.models, key.admin)
 
 

@@ -557,9 +557,18 @@ class FindKey(Refusals):
         self.assertEqual((found.name, found.label, found.fields, found.models), (None, None, frozenset(), None))
 
     def test_a_label_cannot_forge_a_log_line(self):
-        found = self.find(("Authorization", "Bearer sk-alpha:x\u00e4\u0080\tend" + "y" * 9000))
-        assert found.label is not None
-        self.assertRegex(found.label, r"\Ax[\x20-\x7e]{2,80}\Z")
+        found = self.find(("Authorization", "Bearer sk-alpha:x\u00e4\u0080\t\u00c2\u0085end" + "y" * 9000))
+        self.assertEqual(found.label, "x\ufffd\t\u0085end" + "y" * 57)
+        record = plexus_lite.new_record(0, "req_1", "192.0.2.1")
+        record.update(label=found.label, duration_ms=1.0, status=200)
+        self.assertRegex(plexus_lite.render_json(record), rb"\A[\x20-\x7e]+\n\Z")
+        self.assertRegex(plexus_lite.render_line(record), r"\A[\x20-\x7e]+\Z")
+
+    def test_labels_that_are_not_ascii_stay_apart(self):
+        for label in ("J\u00fcrgen", "J\u00f6rgen", "\u65e5\u672c"):
+            with self.subTest(label):
+                fields = ("x-api-key", f"sk-alpha:{label}".encode().decode("latin-1"))
+                self.assertEqual(self.find(fields).label, label)
 
     def test_every_key_is_compared_in_full_whichever_fits(self):
         """What a comparison sees is as many bytes as the secret has, for each key and every guess."""

@@ -343,7 +343,8 @@ def describe(value: object) -> str:
     """Return what was found, short enough for one line."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
-    return json.dumps(value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value)
+    value = value[:57] + "..." if isinstance(value, str) and len(value) > 60 else value
+    return one_line(json.dumps(value, ensure_ascii=False))  # an answer that it stands in escapes it once more
 
 
 def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:

@@ -325,6 +325,16 @@ class Lines(ConfigTest):
                     plexus_lite.parse_config(value)
                 self.assertNotRegex(str(caught.exception), r"[\x00-\x1f\x7f]")
 
+    def test_what_was_found_is_shown_as_it_is_unless_it_could_move_a_terminal(self):
+        for value, wanted in (
+            ("m\u00f6del", '"m\u00f6del"'),
+            ('a"b\\', '"a\\"b\\\\"'),
+            ("two\nlines\x1b[2J", '"two\\nlines\\u001b[2J"'),
+            ("\x7f\x85\x9b2J\u2028\u202e\udc80", '"\\x7f\\x85\\x9b2J\\u2028\\u202e\\udc80"'),
+        ):
+            with self.subTest(wanted):
+                self.assertEqual(plexus_lite.describe(value), wanted)
+
     def test_long_values_are_cut(self):
         message = self.assertRefused(document((), port="x" * 5000), "port: expected ")
         self.assertLess(len(message), 200)

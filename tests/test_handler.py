@@ -642,6 +642,8 @@ class KeysTest(HandlerTest):
         message = self.assert_error(self.ask(("x-api-key", "sk-client"), model="nonesuch"), 404, "model_not_found")
         for name in ("nonesuch", "gpt-test", "gpt-new", "coder", "other-model"):
             self.assertIn(name, message)
+        message = self.assert_error(self.ask(("x-api-key", "sk-client"), model="m\u00f6del"), 404, "model_not_found")
+        self.assertIn('"m\u00f6del"', message)
         limited = self.assert_error(self.ask(("x-api-key", "sk-few"), model="nonesuch"), 404, "model_not_found")
         self.assertIn("coder", limited)
         self.assertNotIn("other-model", limited)

@@ -4769,8 +4769,9 @@ def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
         return tuple(Target(providers[0], url, "") for url in providers[0].api_base_url[api])
     raise ProxyError(
         "unsupported_content_encoding",
-        f"the Content-Encoding {describe(exchange.head.headers.get('content-encoding'))} cannot be read here, and the "
-        "model in the body decides where it goes; send it uncompressed (Codex: --disable enable_request_compression)",
+        f"the Content-Encoding {describe(', '.join(exchange.headers.tokens('content-encoding')))} cannot be read here, "
+        "and the model in the body decides where it goes; send it uncompressed "
+        "(Codex: --disable enable_request_compression)",
         fields=[("Accept-Encoding", f"gzip, deflate{', zstd' if load_zstd() else ''}, identity")],
     )
 

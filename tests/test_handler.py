@@ -254,8 +254,11 @@ class MainJobTest(HandlerTest):
         message = self.assert_error(
             self.post(b"\x0b\x02\x80", {"Content-Encoding": "br"}), 415, "unsupported_content_encoding"
         )
-        self.assertIn("br", message)
+        self.assertIn('"br"', message)
         self.assertIn("enable_request_compression", message)
+        two = [("Content-Encoding", "gzip"), ("Content-Encoding", "br")]
+        message = self.assert_error(self.post(b"\x0b\x02\x80", two), 415, "unsupported_content_encoding")
+        self.assertIn('"gzip, br"', message)
 
     def test_headers_arrive_in_order_with_case_and_duplicates(self):
         sent = [

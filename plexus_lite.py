@@ -486,7 +486,7 @@ def a_replica(value: Any, path: str) -> str:
 def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
         return (a_replica.read(value, path),)
-    urls = a_list(a_replica, "at least one base URL", least=1).read(value, path)
+    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1).read(value, path)
     if len(set(urls)) < len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
@@ -704,7 +704,9 @@ class AliasTarget(Settings):
 
 
 class Alias(Settings):
-    targets = a_list(Check(AliasTarget.parse), "at least one target", least=1)(REQUIRED, "where the alias leads")
+    targets = a_list(Check(AliasTarget.parse), "a list of at least one target", least=1)(
+        REQUIRED, "where the alias leads"
+    )
 
 
 class Replica(NamedTuple):
@@ -6641,7 +6643,7 @@ def serve(options: Options) -> int:
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
-    options = options._replace(host=config.host, port=str(config.port))
+    options = options._replace(host=config.host, port=config.port)
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
     threading.stack_size(STACK_BYTES)
@@ -6691,9 +6693,10 @@ def announce(config: Config, listener: socket.socket) -> None:
     say(f"plexus_lite {__version__} listening on {'https' if config.tls else 'http'}://{where}")
     for name, provider in config.providers.items():
         off = "" if provider.enabled else " (disabled)"
-        say(f"  {name}: {', '.join(provider.models)} at {', '.join(provider.urls())}{off}")
+        say(one_line(f"  {name}: {', '.join(provider.models)} at {', '.join(provider.urls())}{off}"))
     for name, alias in config.models.items():
-        say(f"  {name} -> {', '.join(f'{target.provider}/{target.model}' for target in alias.targets)}")
+        targets = ", ".join(f"{target.provider}/{target.model}" for target in alias.targets)
+        say(one_line(f"  {name} -> {targets}"))
 
 
 def init(_: Options) -> int:

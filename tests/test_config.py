@@ -536,6 +536,8 @@ class BaseUrls(ConfigTest):
             with self.subTest(name):
                 value = document(("providers", "up"), api_base_url=urls)
                 self.assertRefused(value, "providers.up.api_base_url", "at least one")
+        wanted = "providers.up.api_base_url: expected a base URL, or a list of at least one, found 5"
+        self.assertRefused(document(("providers", "up"), api_base_url=5), wanted)
         twice = document(("providers", "up"), api_base_url=["http://a/v1", "http://a/v1/"])
         self.assertRefused(twice, "providers.up.api_base_url: ", "twice")
 

@@ -143,6 +143,14 @@ class CommandLineTest(ServerTest):
         self.assertIn("http://127.0.0.1:9/v1", rest)
         self.assertNotIn("sk-", rest)
 
+    def test_what_is_served_has_a_line_each_whatever_stands_in_a_name(self):
+        up = {"api_base_url": "http://127.0.0.1:9/v1", "models": ["two\nlines"]}
+        alias = {"targets": [{"provider": "up\r", "model": "two\nlines"}]}
+        proxy = self.start(providers={"up\r": up}, models={"other\nname": alias})
+        self.assertEqual(proxy.stop(), 0)
+        served = ["  up\\r: two\\nlines at http://127.0.0.1:9/v1", "  other\\nname -> up\\r/two\\nlines"]
+        self.assertEqual(proxy.stdout[1:], served)
+
     def test_options_win_over_the_files_host_and_port(self):
         proxy = self.start(args=["--host", "localhost"], host="192.0.2.1", port=1)
         self.assertEqual(get(proxy.port, "/health").status, 200)

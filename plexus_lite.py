@@ -5492,7 +5492,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
         self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
-        for _ in range(BACKLOG // ACCEPTS):  # to close the socket would reset who waits: an answer can be acted on
+        known = -1
+        while known < len(self.clients):  # to close the socket would reset who waits: an answer can be acted on
+            known = len(self.clients)
             self._accept(0)
         self.loop.watch(self.socket, 0)
         self.socket.close()

@@ -4290,7 +4290,7 @@ class Answer:
     ) -> None:
         self.connection, self.exchange, self.target, self.loop = connection, exchange, target, connection.loop
         self.upstream: Optional[UpstreamConnection] = upstream
-        self._proxy = upstream.proxy
+        self._proxy, self._credential = upstream.proxy, exchange.credential
         self._fleet = connection.app.fleet
         self._limits = exchange.state.config.limits
         self._wait_for("connect_timeout_s" if upstream.connecting else "first_byte_timeout_s")
@@ -4561,7 +4561,7 @@ class Answer:
     def _secrets(self) -> Tuple[bytes, ...]:
         """Return the credentials in the fields that we add, and those for a proxy that reads them, for masking."""
         proxy = self._proxy
-        fields = [*self.target.provider.headers, *self.exchange.credential, *(proxy.fields() if proxy else ())]
+        fields = [*self.target.provider.headers, *self._credential, *(proxy.fields() if proxy else ())]
         values = [value.rpartition(" ")[2].encode("ascii") for name, value in fields if name.lower() in CREDENTIALS]
         password = proxy.credentials.partition(b":")[2] if proxy else b""
         return tuple(value for value in (*values, password) if len(value) >= 4)

@@ -1219,8 +1219,8 @@ def bounded_int(digits: str) -> int:
 JSON_DECODER: Final = json.JSONDecoder(
     parse_constant=refuse_constant, parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int
 )
-# The first digit of a number with too many, which no fraction or exponent makes a float of.
-LONG_INT: Final = re.compile(rf"[0-9](?<![0-9][0-9])(?=[0-9]{{{MAX_INT_DIGITS},}}(?![0-9]|\.[0-9]|[eE][-+]?[0-9]))")
+# Too many digits, and what makes a float of them.
+LONG_INT: Final = re.compile(rf"(?<![0-9])[0-9]{{{MAX_INT_DIGITS + 1},}}(\.[0-9]|[eE][-+]?[0-9])?")
 # What stands before a top-level value; a name with escapes is left to the decoder.
 JSON_NAME: Final = re.compile(r'[ \t\n\r]*([{,])[ \t\n\r]*"(?:([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*)?')
 JSON_COLON: Final = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
@@ -1247,7 +1247,8 @@ def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
         if "JSON" in str(error):
             problem, marked = str(error), text.replace("NaN", "0aN").replace("Infinity", "0nfinity")
         else:  # CPython has advice for programmers
-            problem, marked = "a number has too many digits", LONG_INT.sub("0", text)
+            problem = "a number has too many digits"
+            marked = LONG_INT.sub(lambda found: found[0] if found[1] else "0" + found[0][1:], text)
     try:
         return JSON_DECODER.decode(marked)
     except json.JSONDecodeError as error:

@@ -1633,9 +1633,12 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     return Identity(name, label, frozenset(fields), key.models, key.admin)
 
 
-def make_ticket(secret: bytes, name: Optional[str], expires: int) -> str:
-    """Return what stands for the key *name* in the address of an event stream, since EventSource sends no header."""
-    text = f"{expires} {name or ''}".encode("utf-8", "surrogatepass")
+def make_ticket(secret: bytes, key: Optional[Key], expires: int) -> str:
+    """Return what stands for *key* in the address of an event stream, since EventSource sends no header.
+
+    It ends with the secret of *key*, too: who had that one may not stay.
+    """
+    text = f"{expires} {key.secret if key else ''}".encode("ascii")
     return f"{expires}.{hmac.new(secret, text, 'sha256').hexdigest()}"
 
 
@@ -1644,9 +1647,11 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
     found = re.fullmatch(r"([0-9]{1,12})\.[0-9a-f]{64}", ticket)
     if found and int(found[1]) >= now:
-        for name in keys or [None]:
-            if hmac.compare_digest(ticket, make_ticket(secret, name, int(found[1]))):
-                return Identity(name, models=keys[name].models, is_admin=keys[name].admin) if name else Identity()
+        for name, key in keys.items():
+            if hmac.compare_digest(ticket, make_ticket(secret, key, int(found[1]))):
+                return Identity(name, models=key.models, is_admin=key.admin)
+        if not keys and hmac.compare_digest(ticket, make_ticket(secret, None, int(found[1]))):
+            return Identity()
     raise unknown_key("the ticket is not known here, or has expired; POST /status with a key gives another")
 
 
@@ -3767,6 +3772,7 @@ class Exchange:
     # What admit() finds.
     route = Route("", "", "")
     identity = Identity()
+    keys: Mapping[str, Key] = {}  # among which that was found
     # What placing finds: which targets are asked, in which order, and what of the request that was made of.
     session = Session()
     cache_key: Optional[str] = None
@@ -4633,7 +4639,7 @@ class Feed:
 
     def __init__(self, connection: ClientConnection, exchange: Exchange, render: Callable[[], Dict[str, Any]]) -> None:
         self._connection, self._render = connection, render
-        self._keys = connection.app.state.credentials.keys
+        self._keys = exchange.keys
         connection.answer, connection.phase = self, Phase.ANSWERING
         exchange.record["stream"] = True
         fields = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("X-Accel-Buffering", "no")]
@@ -4643,7 +4649,7 @@ class Feed:
     def tick(self, now: float) -> None:
         connection, app = self._connection, self._connection.app
         # Other keys: whose page this is may be none any more, or see less.  It asks for another ticket by itself.
-        if app.is_draining() or app.state.credentials.keys is not self._keys:
+        if app.is_draining() or app.state.credentials.keys != self._keys:
             connection.send_payload(b"", is_last=True)
             connection.finish()
         elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts
@@ -4683,7 +4689,7 @@ def admit(exchange: Exchange) -> None:
         raise ProxyError("websocket_not_supported", message, fields=[("Upgrade", "HTTP/1.1")])
     check_origin(head, config)
     if route.action not in ("health", "page"):
-        keys = exchange.state.credentials.keys
+        keys = exchange.keys = exchange.state.credentials.keys
         if route.action == "status" and head.query:
             exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, keys, time.time())
         else:
@@ -4836,7 +4842,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_ticket(self) -> None:
         expires = int(time.time()) + TICKET_S
-        ticket = make_ticket(self.exchange.state.ticket_secret, self.exchange.identity.name, expires)
+        key = self.exchange.keys.get(self.exchange.identity.name or "")
+        ticket = make_ticket(self.exchange.state.ticket_secret, key, expires)
         self.answer({"ticket": ticket, "expires_in": TICKET_S})
 
     def do_metrics(self) -> None:

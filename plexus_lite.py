@@ -4876,6 +4876,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.headers = exchange.head.headers.end_to_end()
             try:
                 (place_stored if exchange.route.action == "stored" else place)(exchange, self.fleet, time.monotonic())
+            except ProxyError:
+                exchange.json = None  # the loop would take digests of it
+                raise
             finally:  # of a request that is refused, too, the record has what is known
                 exchange.record.update(
                     session=exchange.session.digest,
@@ -5288,7 +5291,7 @@ class Server(http.server.ThreadingHTTPServer):
         record.update(usage.tokens)
         if usage.error:
             exchange.fail(usage.error)
-        if target is None:
+        if target is None or exchange.route.action == "stored" or record["status"] >= 400:  # it cached nothing
             return
         prefix = exchange.prefix and digests_of([hash(target.model)]) + exchange.prefix[DIGEST_BYTES:]  # as it was sent
         tokens = UNKNOWN_TOKENS if record["input_tokens"] is None else record["input_tokens"]

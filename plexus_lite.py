@@ -4181,7 +4181,7 @@ class ClientConnection:
         except OSError:
             self.close()
 
-    def abort(self, code: str) -> None:
+    def abort(self, code: Optional[str]) -> None:
         """End an answer that cannot be completed: what came is delivered, then the connection breaks, without the
         last chunk.  A clean end would be taken for a complete answer."""
         self._end_exchange(code)
@@ -4210,11 +4210,7 @@ class ClientConnection:
             exchange.is_gone = True
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
-            # The page closes its stream as it likes; Codex leaves after the last event, before the end.
-            if exchange.usage:
-                exchange.usage.finish()
-            is_whole = isinstance(self.answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
-            self._end_exchange(None if is_whole else "client_gone")
+            self._end_exchange(None if self._is_whole(exchange) else "client_gone")
         self.app.clients.discard(self)
 
     # -- time ------------------------------------------------------------
@@ -4269,11 +4265,19 @@ class ClientConnection:
 
     def cut(self) -> None:
         """The program ends: answer what has no answer yet, break off what has, close."""
-        if self.exchange and self.exchange.record["status"] is None:
+        exchange = self.exchange
+        if exchange and exchange.record["status"] is None:
+            exchange.is_gone = True  # a handler that has it must not send it any more
             self.refuse(shutting_down())
-        elif self.exchange:
-            self.abort("shutting_down")
+        elif exchange:
+            self.abort(None if self._is_whole(exchange) else "shutting_down")
         self.close()
+
+    def _is_whole(self, exchange: Exchange) -> bool:
+        """The page closes its stream as it likes; Codex leaves after the last event, before the end."""
+        if exchange.usage:
+            exchange.usage.finish()
+        return isinstance(self.answer, Feed) or (exchange.usage is not None and exchange.usage.is_complete)
 
 
 class Answer:

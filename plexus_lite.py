@@ -2845,7 +2845,9 @@ class SignIn(WatchedFile):
         url, client_id = self._provider.oauth_token_url, self._provider.oauth_client_id
         form = {"grant_type": "refresh_token", "refresh_token": tokens.refresh, "client_id": client_id}
         status, content = self._ask_issuer(self._provider, urllib.parse.urlencode(form).encode("ascii"))
-        answer = json.loads(content) if content.lstrip()[:1] == b"{" else None
+        answer = None
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(content)
         if status in (400, 401, 403) and member(answer, "error"):  # RFC 6749 5.2; not the page of what stands before it
             tokens.refresh = ""
         new = {name: visible(member(answer, name)) for name in ("access_token", "id_token", "refresh_token")}

@@ -4985,8 +4985,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if held.head.status == 429:
             now = time.monotonic()
             exchange.waits_since = exchange.waits_since or now
-            pause = retry_after_of(held.head.headers, time.time()) or 1.0  # 0 and a past date say no time
-            if now + pause <= exchange.waits_since + held.target.provider.wait_on_429_s:
+            limit = held.target.provider.wait_on_429_s
+            pause = retry_after_of(held.head.headers, time.time()) or min(1.0, limit)  # 0 and a past date say no time
+            if now + pause <= exchange.waits_since + limit:
                 exchange.tried = 0
                 self.hand(self.connection.await_turn, pause)
                 return

@@ -4987,7 +4987,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.waits_since = exchange.waits_since or now
             limit = held.target.provider.wait_on_429_s
             pause = retry_after_of(held.head.headers, time.time()) or min(1.0, limit)  # 0 and a past date say no time
-            if now + pause <= exchange.waits_since + limit:
+            if limit and now + pause <= exchange.waits_since + limit:
                 exchange.tried = 0
                 self.hand(self.connection.await_turn, pause)
                 return
@@ -6663,7 +6663,7 @@ def serve(options: Options) -> int:
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
-    options = options._replace(host=config.host, port=config.port)
+    options = options._replace(host=config.host)
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
     threading.stack_size(STACK_BYTES)

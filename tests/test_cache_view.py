@@ -201,6 +201,12 @@ class ReasonsTest(ViewCase):
         self.ask("session", stream=True, metadata={"raw": ["data: {}\n\n"], "end": False, "cut": True})
         self.assertEqual(self.ask("session", metadata={"tokens": (5000, 0)})["miss_reason"], "unknown")
 
+    def test_an_error_and_a_look_at_a_stored_response_are_no_turns(self) -> None:
+        self.start()
+        self.record(support.get(self.proxy.port, "/v1/responses/resp_x", {"session-id": "s"}))
+        self.assertEqual(self.ask("s", metadata={"refuse": "once"})["status"], 503)
+        self.assertEqual(self.ask("s", metadata={"tokens": (5000, 0)})["miss_reason"], "first_request")
+
     def test_a_change_is_seen_however_large_the_body_is(self) -> None:
         self.start()
         for number, filler in enumerate(("x" * 1024, "x" * (9 << 20))):
@@ -459,12 +465,33 @@ class StatusTest(ViewCase):
             self.proxy.process.send_signal(signal.SIGHUP)
             list(page.chunks)  # to its end
         self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-other").status, 401)
-        with Page(self.proxy.port, self.ticket("sk-before")) as page:
+        ticket = self.ticket("sk-before")
+        with Page(self.proxy.port, ticket) as page:
             page.next_event()
+            self.proxy.process.send_signal(signal.SIGHUP)  # the same keys: it goes on
+            self.proxy.wait_for_record(lambda one: "message" in one and one in self.proxy.log_records()[-1:])
+            self.ask("another", "sk-client")
+            while not page.next_event()["sessions"]:
+                pass
             write("boss", "sk-after")
             list(page.chunks)
         self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-before").status, 401)
+        self.assertEqual(support.get(self.proxy.port, "/status?ticket=" + ticket, key=None).status, 401)
         self.assertEqual(self.status("sk-after")["key"], "boss")
+
+    def test_a_stream_that_was_admitted_by_the_old_keys_ends_with_them(self) -> None:
+        """The reload may come between the two."""
+        self.start()
+        ticket = self.ticket("sk-other")
+        with RawClient(self.proxy.port) as client:
+            client.send(build_request("GET", "/health"))
+            client.read_answer("GET")
+            self.proxy.process.send_signal(signal.SIGSTOP)
+            client.send(build_request("GET", "/status?ticket=" + ticket, key=None))
+            self.proxy.write_config(support.make_config(self.upstreams, keys={"team": KEYS["team"]}))
+            self.proxy.process.send_signal(signal.SIGHUP)
+            self.proxy.process.send_signal(signal.SIGCONT)
+            self.assertTrue(client.read_answer().complete)  # refused, or admitted and ended
 
     def test_without_keys(self) -> None:
         self.start(keys=None)

@@ -528,9 +528,10 @@ class Renewal(SignInTest):
         self.sign_in(old)
         credentials = self.make()
         page = answer(403, {"Content-Type": "text/html"}, b"<!DOCTYPE html><title>Are you human?</title>")
-        self.issuer.script(page, answer(401, (), {"message": "unknown route"}))
-        for _ in range(2):
+        self.issuer.script(page, answer(401, (), {"message": "unknown route"}), answer(502, (), b"{broken"))
+        for status in (403, 401, 502):
             self.assertEqual(self.sent(credentials), old)
+            self.assertIn(f"/oauth/token answered {status} without a token", credentials.look_again()[-1])
         self.assertNotEqual(self.sent(credentials), old)
         self.assertEqual(self.issuer.spent, [self.refresh])
 

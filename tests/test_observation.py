@@ -706,7 +706,7 @@ class TicketTest(unittest.TestCase):
     def test_a_ticket_is_good_for_its_key_until_it_expires(self):
         keys = plexus_lite.parse_config(make_config("http://u/v1", keys={"a.b\u00e9 %": {"secret": "sk-client"}})).keys
         secret, name = b"s" * 32, "a.b\u00e9 %"
-        ticket = plexus_lite.make_ticket(secret, name, 1000)
+        ticket = plexus_lite.make_ticket(secret, keys[name], 1000)
         self.assertRegex(ticket, r"^[0-9a-f.]+$")
         self.assertEqual(plexus_lite.find_ticket("?ticket=" + ticket, secret, keys, 1000.0).name, name)
         nobody = plexus_lite.make_ticket(secret, None, 1000)
@@ -715,6 +715,7 @@ class TicketTest(unittest.TestCase):
             (ticket, secret, keys, 1000.1),
             (ticket, b"t" * 32, keys, 999.0),
             (ticket, secret, {}, 999.0),
+            (ticket, secret, {name: keys[name]._replace(secret="sk-rotated")}, 999.0),
             (nobody, secret, keys, 999.0),
             (ticket.replace("1000.", "1001."), secret, keys, 999.0),
             (ticket.upper(), secret, keys, 999.0),
@@ -753,7 +754,9 @@ class FeedTest(unittest.TestCase):
         connection, shown = unittest.mock.Mock(unsent=b""), [0]
         connection.loop.now = 100.0
         connection.app.is_draining.return_value = False
-        feed = plexus_lite.Feed(connection, unittest.mock.Mock(record={}), lambda: {"n": shown[0]})
+        keys: Dict[str, Any] = {}
+        connection.app.state.credentials.keys = keys
+        feed = plexus_lite.Feed(connection, unittest.mock.Mock(record={}, keys=keys), lambda: {"n": shown[0]})
         sent = connection.send_payload
         self.assertEqual(sent.call_count, 1)
         connection.unsent = b"x"

@@ -391,6 +391,27 @@ class StopTest(ServerTest):
         record = proxy.log_records()[-1]
         self.assertEqual((record["status"], record["error"]), (200, "shutting_down"))
 
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "Windows cannot stop a process")
+    def test_what_is_whole_when_the_connection_is_cut_is_no_error(self):
+        """A response whose last event has passed, and a page."""
+        upstream = self.fake()
+        proxy = self.start(upstream)
+        last = response_events(response_object([], "gpt-test"))[-1]
+        upstream.script(stream(last, Pause(self.event())))
+        client, page = self.connect(proxy), self.connect(proxy)
+        client.send(ASK)
+        client.wait_for(last[-20:])
+        ticket = post(proxy.port, "/status", b"").json()["ticket"]
+        page.send(build_request("GET", "/status?ticket=" + ticket, key=None))
+        page.wait_for(b"event: status")
+        proxy.process.send_signal(signal.SIGSTOP)  # so that both signals are there at once
+        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.send_signal(signal.SIGINT)
+        proxy.process.send_signal(signal.SIGCONT)
+        self.assertEqual(proxy.process.wait(5), 0)
+        ended = [one for one in proxy.log_records() if one.get("route") == "/responses" or one.get("method") == "GET"]
+        self.assertEqual([(one["status"], one["error"]) for one in ended], [(200, None)] * 2)
+
     def test_what_has_no_answer_after_drain_s_is_refused(self):
         upstream = self.fake()
         proxy = self.start(upstream, limits={"drain_s": 0.4})
@@ -429,7 +450,7 @@ class StopTest(ServerTest):
         used.send(build_request("GET", "/health"))
         self.assertEqual(used.read_answer("GET").status, 200)
         proxy.process.send_signal(signal.SIGSTOP)
-        clients = [self.connect(proxy) for _ in range(20)]  # more than are accepted in one go
+        clients = [self.connect(proxy) for _ in range(50)]  # many more than are accepted in one go
         for client in clients:
             client.send(ASK)
         half = self.connect(proxy)

@@ -751,6 +751,7 @@ class FailoverTest(TransportTest):
             "pair": dict(every, api_base_url=[cls.a.base_url, cls.b.base_url]),
             "patient": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=3),
             "brief": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=1.5, idle_timeout_s=0.3),
+            "briefest": dict(every, api_base_url=cls.a.base_url, wait_on_429_s=0.4),
         }
 
         def alias(name: str, *places: str) -> Dict[str, Any]:
@@ -767,6 +768,7 @@ class FailoverTest(TransportTest):
         models["patient-2"] = alias("m6", "patient")
         models["brief"] = alias("m8", "brief")
         models["brief-first"] = alias("m9", "brief", "b")
+        models["briefest"] = alias("m10", "briefest")
         models["dead-and-patient"] = alias("m7", "dead", "patient")
         config = {"keys": {"team": {"secret": "sk-client"}}, "providers": providers, "models": models}
         cls.proxy = enter(cls.addClassCleanup, Proxy(config))
@@ -941,6 +943,17 @@ class FailoverTest(TransportTest):
         self.assertEqual(self.ask("brief").status, 429)
         self.assertEqual(self.asked()[0], 2)
         self.assertTrue(1 <= time.monotonic() - started < 2.5)
+
+    def test_429_that_names_no_time_is_asked_again_once_if_there_is_less_than_a_second(self):
+        for fields in ((), {"Retry-After": "0"}):
+            self.a.script(answer(429, fields, {"error": {}}), answer(200, (), {"second": "time"}))
+            self.assertEqual(self.ask("briefest").json(), {"second": "time"})
+
+    def test_429_is_not_waited_for_unless_wait_on_429_s_says_so(self):
+        for fields in ((), {"Retry-After": "0"}):
+            self.a.script(answer(429, fields, {"error": {}}), answer(200, (), {"second": "time"}))
+            self.assertEqual(self.ask("direct/a/gpt").status, 429)
+            self.a.reset()
 
     def test_429_is_waited_out_though_another_target_is_dead(self):
         self.a.script(answer(429, {"retry-after-ms": "100"}, {"error": {}}), answer(200, (), {"second": "time"}))

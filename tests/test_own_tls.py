@@ -242,6 +242,23 @@ class OwnTlsTest(unittest.TestCase):
             self.assertTrue(client.read_answer().complete)
 
 
+class StopTest(unittest.TestCase):
+    def test_a_handshake_under_way_ends_with_the_signal_and_not_with_the_last_answer(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        with FakeUpstream() as upstream:
+            upstream.script(stream(b"data: 1\n\n", Pause(gate), b"data: 2\n\n"))
+            config = make_config(upstream, tls={"cert": SERVER_FILE})
+            with Proxy(config) as proxy, TlsClient(proxy.port) as client, RawClient(proxy.port) as silent:
+                silent.send(b"\x16\x03\x01\x02\0\x01")  # the beginning of a ClientHello
+                client.send(ASK)
+                client.wait_for(b"data: 1\n\n")
+                proxy.process.send_signal(signal.SIGTERM)
+                self.assertTrue(silent.at_eof(2))
+                gate.set()
+                self.assertTrue(client.read_answer().complete)
+
+
 class CertificateTest(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="plexus-test-")

@@ -924,6 +924,8 @@ class TimeoutTest(RelayTest):
             got = client.read_answer()
             self.assertEqual(got.body.replace(b": keepalive\n\n", b""), events)
             self.assertTrue(got.body.endswith(b"data: 2\n\n"))
+            record = self.proxy.wait_for_record(lambda one, got=got: one["id"] == got.header("x-plexus-request-id"))
+            self.assertEqual(record["bytes_out"], len(got.body))
 
     def test_no_comment_comes_where_it_would_do_harm(self):
         """All at once, since each stays silent for four times keepalive_s."""

@@ -187,6 +187,15 @@ class WorkersTest(unittest.TestCase):
             self.assertEqual((sorted(event), event["level"]), (["level", "message", "ts"], "error"))
             self.assertRegex(event["message"], r"^worker [01] died with signal 9; another starts in 1 s$")
 
+    def test_each_has_its_share_of_max_buffered_bytes(self) -> None:
+        proxy = self.start(self.upstream, limits={"max_buffered_bytes": 100_000})
+        for size, status in ((40_000, 200), (60_000, 503)):
+            body = {"model": "gpt-test", "input": "x" * size}
+            got = support.post(proxy.port, "/v1/responses", body)
+            self.assertEqual(got.status, status)
+        self.assertEqual(got.error_code, "overloaded")
+        self.assertIn("max_buffered_bytes (100000)", got.json()["error"]["message"])
+
     def test_a_worker_that_cannot_be_started_is_tried_again_and_one_that_fails_says_why(self) -> None:
         runner = (
             f"import os, sys; sys.path.insert(0, {os.path.dirname(support.PROGRAM)!r}); import plexus_lite\n"

@@ -3884,6 +3884,7 @@ class ClientConnection:
     _pending = b""  # bytes of the request being read, or of the ones after it
     _head_bytes = b""  # of the answer, until its first bytes leave with it
     framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
+    _advances_soon = False  # a call of _advance() waits for its round
     _aborted = False  # close without a clean end once the rest is out
     _took_at = 0.0  # when the client last took something of unsent
 
@@ -3908,7 +3909,8 @@ class ClientConnection:
         if self.is_closed:
             return
         busy = self.phase in (Phase.BUSY, Phase.ANSWERING)
-        unread = len(self._pending) > PIPELINE_BYTES if busy else len(self.unsent) > HIGH_WATER_BYTES
+        is_full = len(self._pending) > PIPELINE_BYTES and (busy or self.phase == Phase.IDLE)
+        unread = is_full or (not busy and len(self.unsent) > HIGH_WATER_BYTES)
         events = 0 if unread or self._aborted else READ
         self.loop.watch(self.sock, events | WRITE if self.unsent else events, self._on_ready)
 
@@ -3949,13 +3951,14 @@ class ClientConnection:
         if self.phase == Phase.LINGERING:
             return
         self._pending = self._pending + data if self._pending else data
-        if self.phase in READING:
+        if self.phase in READING and not self._advances_soon:
             self._advance()
         elif len(self._pending) > PIPELINE_BYTES:
             self._watch()
 
     def _advance(self) -> None:
         """Read as much of a request as is there; stop once one is complete, and while the client does not read."""
+        self._advances_soon = False
         try:
             while self._pending and self.phase in READING and not self.is_closed:
                 if len(self.unsent) > HIGH_WATER_BYTES or not self._read_some(self.limits):
@@ -3963,6 +3966,12 @@ class ClientConnection:
         except ProxyError as error:
             self.refuse(error)
         self._watch()
+
+    def _advance_soon(self) -> None:
+        """Read the next pipelined request, in a later round: thousands of them would nest, and others would wait."""
+        if self._pending and not self._advances_soon:
+            self._advances_soon = True
+            self.loop.call(self._advance)
 
     def _read_some(self, limits: Limits) -> bool:
         """Take one step through the pending bytes; False if more of them are needed, or a request is complete."""
@@ -4132,8 +4141,8 @@ class ClientConnection:
             self.answer.resume()
         elif self.phase == Phase.LINGERING:
             self._shut()
-        elif self._pending:
-            self._advance()
+        else:
+            self._advance_soon()
         self._watch()
 
     def finish(self) -> None:
@@ -4148,8 +4157,7 @@ class ClientConnection:
                 self._shut()
         else:
             self._enter(Phase.IDLE, self.limits.client_idle_s)
-            if self._pending:  # a pipelined request; not called from here, or thousands of them would nest
-                self.loop.call(self._advance)
+            self._advance_soon()
         self._watch()
 
     def _end_exchange(self, error: Optional[str] = None) -> None:

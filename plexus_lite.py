@@ -4841,7 +4841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.exchange.is_gone:
                 getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
-            self.hand(self.connection.respond_error, error)
+            self.hand(self.connection.respond_error, error.with_traceback(None))
         except ClientGone:  # the loop saw it first, and has written the record
             pass
 
@@ -4912,7 +4912,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except UpstreamError as error:
                 self.fleet.closed(target)
                 self.fleet.failed(target, time.monotonic())
-                exchange.last_error = error
+                exchange.last_error = error.with_traceback(None)  # which leads back here: a cycle keeps the body
                 continue
             except BaseException:
                 self.fleet.closed(target)

@@ -723,7 +723,8 @@ class Target(Replica):
     @functools.cached_property
     def id(self) -> str:
         """What rendezvous hashing, load and cooldown know it by: the same in every process and after a restart."""
-        return f"{self.place}{self.model}"
+        is_short = len(self.model) <= MAX_NAME_CHARS  # behind "*" clients choose it, and it is remembered
+        return f"{self.place}{self.model if is_short else text_digest(self.model)}"
 
     @functools.cached_property
     def place(self) -> str:
@@ -1917,7 +1918,7 @@ def fingerprint_of(body: JsonBody) -> str:
 def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str]) -> Place:
     """Return what places a request with the session value *session*, None if it has none; then *body* does."""
     key = fingerprint_of(body) if session is None and body else text_digest(session or "")
-    return Place(key, f"{key} {model}")
+    return Place(key, f"{key} {text_digest(model or '')}")
 
 
 ENCRYPTED: Final = re.compile(rb'"encrypted_content"\s*:\s*"')

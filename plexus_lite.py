@@ -1645,13 +1645,12 @@ def make_ticket(secret: bytes, key: Optional[Key], expires: int) -> str:
 
 def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) -> Identity:
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
-    ticket = urllib.parse.parse_qs(query[1:]).get("ticket", [""])[0]
-    found = re.fullmatch(r"([0-9]{1,12})\.[0-9a-f]{64}", ticket)
-    if found and int(found[1]) >= now:
+    found = re.search(r"[?&]ticket=(([0-9]{1,12})\.[0-9a-f]{64})(?:&|$)", query)
+    if found and int(found[2]) >= now:
         for name, key in keys.items():
-            if hmac.compare_digest(ticket, make_ticket(secret, key, int(found[1]))):
+            if hmac.compare_digest(found[1], make_ticket(secret, key, int(found[2]))):
                 return Identity(name, models=key.models, is_admin=key.admin)
-        if not keys and hmac.compare_digest(ticket, make_ticket(secret, None, int(found[1]))):
+        if not keys and hmac.compare_digest(found[1], make_ticket(secret, None, int(found[2]))):
             return Identity()
     raise unknown_key("the ticket is not known here, or has expired; POST /status with a key gives another")
 

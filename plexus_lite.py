@@ -724,7 +724,8 @@ class Target(Replica):
     def id(self) -> str:
         """What rendezvous hashing, load and cooldown know it by: the same in every process and after a restart."""
         is_short = len(self.model) <= MAX_NAME_CHARS  # behind "*" clients choose it, and it is remembered
-        return f"{self.place}{self.model if is_short else text_digest(self.model)}"
+        name = self.model if is_short else hashlib.sha256(self.model.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.place + name
 
     @functools.cached_property
     def place(self) -> str:

@@ -1,12 +1,15 @@
 """Room 10, end to end: what a client sends is what the upstream gets, and every refusal says why."""
 
 import contextlib
+import gc
 import gzip
 import hashlib
 import json
 import sys
 import types
 import unittest
+import unittest.mock
+import weakref
 import zlib
 from typing import Any, Dict, List, Tuple
 
@@ -406,6 +409,31 @@ class LeavingTest(unittest.TestCase):
         handler.exchange = Leaving(plexus_lite.NO_HEAD._replace(method="POST"), state, "", 0.0)
         handler.exchange.model, handler.exchange.body, handler.exchange.targets = "alias", raw, (target,)
         self.assertEqual(handler.outbound_request(target, True).body, b'{"model": "gpt-test"}')
+
+    def test_a_client_that_left_leaves_nothing_behind_when_the_upstream_cannot_be_reached(self):
+        """The error's traceback led back to the request, and its body stayed until a full collection."""
+        config = plexus_lite.parse_config(make_config("http://127.0.0.1:1/v1"))
+        targets = plexus_lite.targets_of(config, "gpt-test", "responses")
+        handler: Any = object.__new__(plexus_lite.Handler)
+        exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, unittest.mock.Mock(), "", 0.0)
+        exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
+        exchange.plan = plexus_lite.Plan(targets, "only", "")
+
+        def leave(request: Any) -> Any:
+            handler.exchange.is_gone = True
+            raise plexus_lite.UpstreamError("its name is not known")
+
+        handler.exchange, handler.connection, handler.server = exchange, unittest.mock.Mock(), unittest.mock.Mock()
+        handler.fleet, handler.hand = unittest.mock.Mock(), unittest.mock.Mock()
+        handler.outbound_request = lambda target, may_wait: target
+        exchange.state.transport.send.side_effect = leave  # type: ignore[attr-defined]
+        left = weakref.ref(exchange)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        handler.handle()
+        exchange.state.transport.send.side_effect = None  # type: ignore[attr-defined]
+        del exchange, handler.exchange, leave
+        self.assertIsNone(left())
 
 
 class SeenTest(unittest.TestCase):

@@ -10,7 +10,7 @@ from email.utils import formatdate
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import plexus_lite
-from tests.support import body_of, clean_environment
+from tests.support import body_of, clean_environment, make_config
 
 NOTHING = plexus_lite.Snapshot({}, frozenset())
 SESSIONS = [f"session-{number}" for number in range(2000)]
@@ -648,6 +648,19 @@ class FleetTest(unittest.TestCase):
         self.fleet.failed(self.a, 0.0)
         snapshot = self.fleet.snapshot([self.b], 1.0, "o", "p")
         self.assertEqual(snapshot, plexus_lite.Snapshot({self.b.id: 0}, frozenset(), "o", "p"))
+
+
+class LongNames(unittest.TestCase):
+    def test_a_name_that_a_client_made_up_is_not_remembered_whole(self):
+        """Behind "*" it may have the size of a body, and a target that failed and a pin are remembered by it."""
+        (place,) = plexus_lite.places_of(plexus_lite.parse_config(make_config("http://u/v1")), None)
+        ids = [plexus_lite.Target(*place[:2], name * 100_000).id for name in ("a", "b", "\ud800")]
+        self.assertEqual(len(set(ids)), 3)
+        self.assertLess(max(map(len, ids)), 200)
+        self.assertTrue(all(one.startswith(place.place) for one in ids))
+        sessions = [plexus_lite.place_of("s", None, name * 100_000).session for name in ("a", "b")]
+        self.assertNotEqual(*sessions)
+        self.assertLess(max(map(len, sessions)), 200)
 
 
 class Sessions(unittest.TestCase):

@@ -263,6 +263,9 @@ class RelayTest(unittest.TestCase):
     def record_of(self, label: str) -> Dict[str, Any]:
         return self.proxy.wait_for_record(lambda one: one.get("label") == label)
 
+    def record_by_id(self, got: Answer) -> Dict[str, Any]:
+        return self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
+
     def assert_next_is_served(self, client: Optional[RawClient] = None) -> None:
         """A further request, on the same connection if *client* is given, has its own whole answer."""
         self.script(answer(200, (), {"next": "served"}))
@@ -550,6 +553,22 @@ class PipelineTest(unittest.TestCase):
         bench.sock.room = 10**9
         bench.bench_loop.wake(bench.sock, plexus_lite.WRITE)
         self.assertEqual((len(bench.records), len(bench.client.unsent)), (50, 0))
+
+    def test_what_is_read_ahead_is_bounded_between_two_requests_too(self):
+        """Each read began one more chain of calls, each of which copied all that had come: 390 MB, and a loop that
+        did nothing else."""
+        bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], b""))
+        loop, calls, most = bench.bench_loop, 0, 0
+        for _ in range(500):
+            if loop.watched[id(bench.sock)][0] & plexus_lite.READ:
+                bench.client._received(PI * 500)
+            calls = max(calls, len(loop.waiting))
+            most = max(most, len(bench.client._pending))
+            for call in [loop.waiting.pop(0) for _ in range(len(loop.waiting))]:
+                call()
+        self.assertGreater(len(bench.records), 200)
+        self.assertEqual(calls, 1)
+        self.assertLess(most, plexus_lite.PIPELINE_BYTES + len(PI) * 500)
 
 
 class TruncationTest(RelayTest):
@@ -891,8 +910,7 @@ class TimeoutTest(RelayTest):
         self.assertEqual((got.status, got.complete), (200, False))
         self.assertEqual(got.body.replace(b": keepalive\n\n", b""), b"data: 1\n\n")
         self.assertTrue(self.upstream.wait_disconnected(self.connection(), 2))
-        record = self.proxy.wait_for_record(lambda one: one["id"] == got.header("x-plexus-request-id"))
-        self.assertEqual(record["error"], "upstream_timeout")
+        self.assertEqual(self.record_by_id(got)["error"], "upstream_timeout")
 
     def test_slow_but_steady_upstream_is_not_cut(self):
         gate = self.event()
@@ -924,8 +942,7 @@ class TimeoutTest(RelayTest):
             got = client.read_answer()
             self.assertEqual(got.body.replace(b": keepalive\n\n", b""), events)
             self.assertTrue(got.body.endswith(b"data: 2\n\n"))
-            record = self.proxy.wait_for_record(lambda one, got=got: one["id"] == got.header("x-plexus-request-id"))
-            self.assertEqual(record["bytes_out"], len(got.body))
+            self.assertEqual(self.record_by_id(got)["bytes_out"], len(got.body))
 
     def test_no_comment_comes_where_it_would_do_harm(self):
         """All at once, since each stays silent for four times keepalive_s."""

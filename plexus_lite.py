@@ -3757,6 +3757,22 @@ NO_PLAN: Final = Plan((), "", "")  # not placed yet
 NO_BODY: Final = BodyReader()  # never fed
 
 
+class Bodies:
+    """How many bytes of request bodies this process holds, for all clients together."""
+
+    def __init__(self, workers: int) -> None:
+        """*workers* share limits.max_buffered_bytes."""
+        self._lock = threading.Lock()  # protects _total: handlers in threads count what they decode
+        self._total = 0
+        self._workers = workers
+
+    def count(self, size: int) -> int:
+        """Count *size* more bytes, or less; return what that makes if the other workers hold as many."""
+        with self._lock:
+            self._total += size
+            return self._total * self._workers
+
+
 class Exchange:
     """One request and what becomes of it.
 
@@ -3767,7 +3783,7 @@ class Exchange:
 
     reader: BodyReader = NO_BODY
     size = 0  # of what has come of the body
-    held = 0  # bytes of it that limits.max_buffered_bytes counts
+    held = 0  # bytes of it that are counted
     body = b""  # once all of it is here
     refusal: Optional[ProxyError] = None  # to be answered once the body has been read
     is_gone = False  # the client has left
@@ -3800,8 +3816,8 @@ class Exchange:
     left: Tuple[str, ...] = ()  # the providers that a further target stood in for
     usage: Optional[UsageReader] = None  # of the answer that is relayed
 
-    def __init__(self, head: RequestHead, state: State, peer: str, now: float) -> None:
-        self.head = head
+    def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Optional[Bodies] = None) -> None:
+        self.head, self.bodies = head, bodies
         self.headers = head.headers  # then the end-to-end ones
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
@@ -3809,6 +3825,22 @@ class Exchange:
         self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
         self.begun = io.BytesIO()  # the body, until all of it is here
+
+    def hold(self, size: int) -> None:
+        """Count *size* more bytes as held for it; ProxyError if there are too many of all clients."""
+        self.held += size
+        limit = self.state.config.limits.max_buffered_bytes
+        if self.bodies and self.bodies.count(size) > limit:
+            message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
+            raise ProxyError("overloaded", message)
+
+    def let_go(self) -> None:
+        """Its body will not be sent any more."""
+        if self.bodies and self.held:
+            self.bodies.count(-self.held)
+        self.held = 0
+
+    __del__ = let_go  # of one that a thread had when its client left
 
     def digest(self, fleet: Fleet) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
@@ -3841,8 +3873,7 @@ class Application(Protocol):
     fleet: Fleet
     loop: Loop
     clients: Set["ClientConnection"]
-    body_bytes: int  # of the requests of all clients together, held until nothing can fail over any more
-    workers: int  # that share limits.max_buffered_bytes
+    bodies: Bodies
 
     def admit(self, exchange: Exchange) -> None: ...  # set its route and identity, or refuse it by its head
 
@@ -3993,7 +4024,7 @@ class ClientConnection:
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
         length = body_length(head)
-        exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now)
+        exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now, self.app.bodies)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
         self._enter(Phase.BODY, limits.body_timeout_s)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
@@ -4022,13 +4053,9 @@ class ClientConnection:
             return True
         if exchange.size > len(payload) or not exchange.reader.done:  # it has not come in one piece
             exchange.begun.write(payload)
-        exchange.held += len(payload)
-        self.app.body_bytes += len(payload)
         if exchange.size > limits.max_body_bytes:
             raise too_large("body", limits.max_body_bytes)
-        if self.app.body_bytes * self.app.workers > limits.max_buffered_bytes:
-            message = f"the request bodies under way fill limits.max_buffered_bytes ({limits.max_buffered_bytes})"
-            raise ProxyError("overloaded", message)
+        exchange.hold(len(payload))
         if exchange.reader.done:
             exchange.body = exchange.begun.getvalue() or payload  # which copies nothing
             exchange.begun = io.BytesIO()
@@ -4172,15 +4199,11 @@ class ClientConnection:
                 exchange.fail(error)
             exchange.refusal, exchange.last_error = None, Exchange.last_error  # their tracebacks lead back here
             exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
-            self.forget_body(exchange)  # but it stays where it is: a thread may be sending it
+            if self.phase != Phase.BUSY or not exchange.is_gone:  # else a thread may have it, and its body
+                exchange.let_go()
             exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
             exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
             self.app.done(exchange)
-
-    def forget_body(self, exchange: Exchange) -> None:
-        """Count the body no longer: nobody will be sent it again."""
-        self.app.body_bytes -= exchange.held
-        exchange.held, exchange.begun = 0, io.BytesIO()
 
     def _shut(self) -> None:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
@@ -4592,7 +4615,7 @@ class Answer:
         """The answer goes to the client: from here on there is no other target."""
         connection, exchange, head = self.connection, self.exchange, self.head
         self._deadline = math.inf
-        connection.forget_body(exchange)
+        exchange.let_go()
         exchange.body = b""
         is_stream, is_encoded = is_event_stream(head.headers), head.headers.get("content-encoding") is not None
         exchange.record["stream"] = is_stream
@@ -4720,6 +4743,8 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
     exchange.session = session_of(headers, None)
     raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
+    if encoding and raw is not None:
+        exchange.hold(len(raw))
     body = exchange.json = None if raw is None else read_json(raw, exchange.session, fleet, now)
     exchange.cache_key = cache_key(body)
     exchange.session = session_of(headers, exchange.cache_key)
@@ -4736,6 +4761,8 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     exchange.plan = plan
 
 
+PARSERS: Final = 4  # at a time: JSON of many small values takes 31 times its size while it is read
+AT_ONCE: Final = contextlib.nullcontext()  # in the loop
 CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
 
 
@@ -4887,10 +4914,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_forward(self) -> None:
         """Ask the next target; hand the connection on which it will answer to the loop."""
         exchange = self.exchange
+        may_wait = not self.server.loop.is_this_thread()
         if exchange.plan is NO_PLAN:
             exchange.headers = exchange.head.headers.end_to_end()
             try:
-                (place_stored if exchange.route.action == "stored" else place)(exchange, self.fleet, time.monotonic())
+                with self.parsing() if may_wait else AT_ONCE:
+                    plan = place_stored if exchange.route.action == "stored" else place
+                    plan(exchange, self.fleet, time.monotonic())
             except ProxyError:
                 exchange.json = None  # the loop would take digests of it
                 raise
@@ -4901,7 +4931,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     model=exchange.model and exchange.model[:MAX_NAME_CHARS],
                     placement=exchange.plan.reason or None,
                 )
-        may_wait = not self.server.loop.is_this_thread()
         while not exchange.is_gone:
             target = self.next_target()
             if target is None:
@@ -4929,6 +4958,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
 
     do_stored = do_forward
+
+    @contextlib.contextmanager
+    def parsing(self) -> Iterator[None]:
+        """Wait for a place among the few that read a large or encoded body; ClientGone."""
+        while not self.exchange.is_gone:
+            if self.server.parsers.acquire(timeout=GONE_CHECK_S):
+                try:
+                    yield
+                finally:
+                    self.server.parsers.release()
+                return
+        raise ClientGone
 
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
@@ -5012,6 +5053,7 @@ LEVELS: Final = ("error", "warning", "info", "debug")
 MAX_QUEUED_LINES: Final = 10_000
 LOG_PAUSE_S: Final = 0.02
 SMALL_TURN_BYTES: Final = 64 * KIB  # JSON of this size keeps the loop for 0.2 ms; a compressed body can be any size
+SPARE_THREADS: Final = 16
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 SIGNALS: Final = {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
@@ -5220,7 +5262,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.log = log
         self.started, self.workers = shared.started, shared.workers
         self._reload_state = reload_state
-        self.body_bytes = 0
+        self.bodies = Bodies(self.workers)
+        self.parsers = threading.BoundedSemaphore(PARSERS)
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
         self._ended: List[Exchange] = []  # and not observed yet
@@ -5268,6 +5311,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def give_to_thread(self, turn: Any) -> None:
         try:
+            # Of clients that have left, some may still run: a name that is not resolved holds them for long.
+            if threading.active_count() > self.state.config.limits.max_connections + SPARE_THREADS:
+                raise RuntimeError
             self.process_request(turn, turn[1].peer)
         except RuntimeError:  # can't start new thread
             error = ProxyError("overloaded", "the system has no thread left for this request")

@@ -528,8 +528,7 @@ class Bench:
         self.requests: List[Request] = []
         self.records: List[Dict[str, Any]] = []
         self.clients: Set[plexus_lite.ClientConnection] = set()
-        self.body_bytes = 0
-        self.workers = 1
+        self.bodies = plexus_lite.Bodies(1)
         self.sock = BenchSocket()
         sock: Any = self.sock
         self.client = plexus_lite.ClientConnection(self, sock, "127.0.0.1")

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import sys
+import threading
 import types
 import unittest
 import unittest.mock
@@ -434,6 +435,41 @@ class LeavingTest(unittest.TestCase):
         exchange.state.transport.send.side_effect = None  # type: ignore[attr-defined]
         del exchange, handler.exchange, leave
         self.assertIsNone(left())
+
+
+class ThreadsTest(unittest.TestCase):
+    def test_no_more_threads_than_clients_may_be(self):
+        """Those of clients that have left may hang in the resolver."""
+        server = unittest.mock.Mock()
+        server.state.config.limits.max_connections = 100
+        turn = (unittest.mock.Mock(), unittest.mock.Mock())
+        for count, is_refused in ((110, False), (200, True)):
+            with unittest.mock.patch.object(threading, "active_count", return_value=count):
+                plexus_lite.Server.give_to_thread(server, turn)
+            self.assertEqual(server.process_request.call_count, 1)
+            self.assertEqual(server.loop.call.called, is_refused)
+        refuse, error = server.loop.call.call_args[0]
+        self.assertEqual((refuse, error.code), (turn[1].respond_error, "overloaded"))
+
+    def test_few_large_bodies_are_read_at_a_time_and_who_waits_may_leave(self):
+        handler: Any = object.__new__(plexus_lite.Handler)
+        handler.exchange = types.SimpleNamespace(is_gone=False)
+        parsers = unittest.mock.Mock()
+        handler.server = types.SimpleNamespace(parsers=parsers)
+        parsers.acquire.side_effect = [False, True]
+        with handler.parsing():
+            self.assertFalse(parsers.release.called)
+        self.assertEqual((parsers.acquire.call_count, parsers.release.call_count), (2, 1))
+
+        def leave(timeout: float) -> bool:
+            self.assertLess(timeout, 1)
+            handler.exchange.is_gone = True
+            return False
+
+        parsers.acquire.side_effect = leave
+        with self.assertRaises(plexus_lite.ClientGone), handler.parsing():
+            self.fail("it has left")
+        self.assertEqual(parsers.release.call_count, 1)
 
 
 class SeenTest(unittest.TestCase):

@@ -559,6 +559,23 @@ class LimitsTest(HostileTest):
         self.assertEqual(first.read_answer().status, 200)
         self.assertEqual(post(self.proxy.port, "/v1/responses", body).status, 200)
 
+    def test_what_a_body_is_decoded_to_counts_too(self):
+        text = b'{"model":"gpt-test","input":"' + b"x" * 80_000 + b'"}'
+        gate = self.event()
+        self.upstream.script([Pause(gate), *answer(200, (), {})])
+        first = self.connect()
+        packed = build_request("POST", "/v1/responses", gzip.compress(text), {"Content-Encoding": "gzip"})
+        first.send(packed)
+        self.upstream.wait_for_requests(1)
+        second = self.connect()
+        second.send(packed)
+        self.assertIn("max_buffered_bytes", self.assert_error(second.read_answer(), 503, "overloaded"))
+        gate.set()
+        self.assertEqual(first.read_answer().status, 200)
+        third = self.connect()
+        third.send(packed)
+        self.assertEqual(third.read_answer().status, 200)
+
     def test_buffer_is_given_back_by_every_way_to_end(self):
         body = b'{"model":"gpt-test","input":"' + b"x" * 80_000 + b'"}'
         for number in range(6):

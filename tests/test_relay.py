@@ -83,7 +83,9 @@ class LoopTest(unittest.TestCase):
             self.addCleanup(end.close)
         transport = types.SimpleNamespace(release=lambda upstream: None)
         state: Any = types.SimpleNamespace(config=config, transport=transport)
-        app: Any = types.SimpleNamespace(loop=loop, state=state, fleet=plexus_lite.Fleet(), clients=set(), body_bytes=0)
+        app: Any = types.SimpleNamespace(
+            loop=loop, state=state, fleet=plexus_lite.Fleet(), clients=set(), bodies=plexus_lite.Bodies(1)
+        )
         app.start = app.done = lambda *_: None
         (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
         self.addCleanup(gc.enable)
@@ -541,6 +543,24 @@ class GivesWayTest(unittest.TestCase):
         self.assertFalse(bench.client.can_give_way())
         bench.loop.run()
         self.assertEqual(len(bench.records), 2)
+
+
+class BodiesTest(unittest.TestCase):
+    def test_a_body_counts_until_the_thread_that_has_it_lets_go(self):
+        """Its client has left meanwhile: that must not make room for further ones."""
+        had: List[Any] = []
+        bench = Bench(lambda bench, exchange, connection: had.append(exchange))
+        bench.receive(build_request("POST", "/v1/responses", {"model": "gpt"}, key=None))
+        size = bench.bodies.count(0)
+        self.assertGreater(size, 0)
+        bench.client.close()
+        self.assertEqual((bench.bodies.count(0), len(bench.records)), (size, 1))
+        had.clear()
+        self.assertEqual(bench.bodies.count(0), 0)
+
+    def test_workers_share_what_may_be_held(self):
+        bodies = plexus_lite.Bodies(4)
+        self.assertEqual([bodies.count(10), bodies.count(5), bodies.count(-15)], [40, 60, 0])
 
 
 class PipelineTest(unittest.TestCase):

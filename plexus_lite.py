@@ -262,6 +262,11 @@ class ProxyError(Exception):
         if self.status == 503:
             self.fields += (("Retry-After", "1"),)
 
+    def alone(self) -> "ProxyError":
+        """Return it without what leads back to where it came from: a request that keeps it would keep itself."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
 
 class MalformedHTTP(ProxyError):
     """Bytes that two parsers could read differently, from either side."""
@@ -4869,7 +4874,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.exchange.is_gone:
                 getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
-            self.hand(self.connection.respond_error, error.with_traceback(None))
+            self.hand(self.connection.respond_error, error.alone())
         except ClientGone:  # the loop saw it first, and has written the record
             pass
 
@@ -4942,7 +4947,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except UpstreamError as error:
                 self.fleet.closed(target)
                 self.fleet.failed(target, time.monotonic())
-                exchange.last_error = error.with_traceback(None)  # which leads back here: a cycle keeps the body
+                exchange.last_error = error.alone()
                 continue
             except BaseException:
                 self.fleet.closed(target)

@@ -422,7 +422,10 @@ class LeavingTest(unittest.TestCase):
 
         def leave(request: Any) -> Any:
             handler.exchange.is_gone = True
-            raise plexus_lite.UpstreamError("its name is not known")
+            try:
+                raise OSError("as getaddrinfo does")
+            except OSError:
+                raise plexus_lite.UpstreamError("its name is not known") from None
 
         handler.exchange, handler.connection, handler.server = exchange, unittest.mock.Mock(), unittest.mock.Mock()
         handler.fleet, handler.hand = unittest.mock.Mock(), unittest.mock.Mock()

@@ -3117,10 +3117,13 @@ class Loop:
 def receive_tls(sock: ssl.SSLSocket) -> bytes:
     """Do what recv() does, to the end of what TLS has decrypted: it hands out one record of at most 16 KiB a call, and
     the rest would wake no selector."""
-    data = sock.recv(RECEIVE_BYTES)
-    while data and sock.pending():
-        data += sock.recv(RECEIVE_BYTES)
-    return data
+    try:
+        data = sock.recv(RECEIVE_BYTES)
+        while data and sock.pending():
+            data += sock.recv(RECEIVE_BYTES)
+        return data
+    except ssl.SSLWantWriteError:  # of key updates: it would be ready to be read, and asked again, for ever
+        raise ConnectionResetError("it wants answers of TLS, and does not read them") from None
 
 
 def receive(sock: socket.socket) -> Optional[bytes]:
@@ -4328,6 +4331,7 @@ class Answer:
 
     head = NO_ANSWER
     _start = b""  # of the answer, until its head is complete
+    _interim_bytes = 0  # of the heads before it
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
     _tail = b""  # the last bytes of an event stream into which comments may go
@@ -4446,10 +4450,10 @@ class Answer:
     def _read_head(self, data: bytes) -> None:
         """Read the head once it is complete, and decide what to do with the answer."""
         self._start += data
-        head, limit = NO_ANSWER, self._limits.max_header_bytes
+        head, limit = NO_ANSWER, self._limits.max_header_bytes  # of all heads together: they might go on for ever
         while head.status < 200:  # 100, 102 and 103 announce another head
             end = self._start.find(b"\r\n\r\n") + 4
-            if (end if end > 3 else len(self._start)) > limit:
+            if self._interim_bytes + (end if end > 3 else len(self._start)) > limit:
                 raise MalformedHTTP(f"the head is larger than limits.max_header_bytes ({limit})")
             if end < 4:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
@@ -4457,6 +4461,7 @@ class Answer:
                 return
             # An upstream that repeats our credential must not reveal it; nothing else in a head looks like one.
             head, self._start = read_answer_head(mask(self._start[:end], self._secrets())), self._start[end:]
+            self._interim_bytes += end
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
         if head.status == 407 and self._proxy:  # it asks us, not the client
@@ -5273,6 +5278,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._signals: Deque[int] = collections.deque()
         self._ended: List[Exchange] = []  # and not observed yet
         self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
+        self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show, at
+        self._shown_at = -math.inf
         self._draining = False
         self._drain_deadline = math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
@@ -5417,9 +5424,16 @@ class Server(http.server.ThreadingHTTPServer):
         connection.respond(200, fields, render_metrics(self._total()))
 
     def attach_feed(self, connection: ClientConnection, exchange: Exchange) -> None:
+        identity = exchange.identity
+
         def render() -> Dict[str, Any]:
-            status = render_status(self._total(), exchange.identity, self.state.config, time.time())
-            return {**status, "started": self.started, "workers": self.workers}
+            """Once a tick for all pages of a key: a hundred of them took half of the loop's time."""
+            if self._shown_at != self.loop.now:
+                self._shown_at, self._shown = self.loop.now, {}
+            if identity not in self._shown:
+                status = render_status(self._total(), identity, self.state.config, time.time())
+                self._shown[identity] = {**status, "started": self.started, "workers": self.workers}
+            return self._shown[identity]
 
         if connection.exchange is exchange:
             Feed(connection, exchange, render)

@@ -544,6 +544,11 @@ class LimitsTest(HostileTest):
         got = post(self.proxy.port, "/v1/responses", BODY)
         self.assertIn("max_header_bytes", self.assert_error(got, 502, "upstream_invalid_response"))
 
+    def test_endless_interim_answers_are_a_502_that_names_the_key(self):
+        self.upstream.script([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 10 for _ in range(1000)])
+        got = post(self.proxy.port, "/v1/responses", BODY)
+        self.assertIn("max_header_bytes", self.assert_error(got, 502, "upstream_invalid_response"))
+
     def test_bodies_of_all_clients_together_are_bounded(self):
         body = b'{"model":"gpt-test","input":"' + b"x" * 80_000 + b'"}'
         gate = self.event()

@@ -774,6 +774,21 @@ class FeedTest(unittest.TestCase):
         self.assertTrue(sent.call_args[0][0].startswith(b": "))
 
 
+    def test_pages_of_one_key_are_rendered_once_a_tick(self):
+        server = unittest.mock.Mock(_shown={}, _shown_at=0.0, workers=1, started=0)
+        one, other = plexus_lite.Identity("one"), plexus_lite.Identity("other")
+        with unittest.mock.patch.object(plexus_lite, "Feed") as feed, unittest.mock.patch.object(
+            plexus_lite, "render_status", side_effect=lambda tally, identity, *_: {"key": identity.name}
+        ) as render:
+            for identity in (one, other, one):
+                exchange = unittest.mock.Mock(identity=identity)
+                plexus_lite.Server.attach_feed(server, unittest.mock.Mock(exchange=exchange), exchange)
+            for tick in (1, 2):
+                server.loop.now = float(tick)
+                self.assertEqual([call[0][2]()["key"] for call in feed.call_args_list], ["one", "other", "one"])
+                self.assertEqual(render.call_count, 2 * tick)
+
+
 class LineTest(unittest.TestCase):
     def test_lines_for_a_terminal(self):
         record = record_of(ts="2026-01-02T03:04:05.678Z", method="POST")

@@ -726,6 +726,18 @@ class MalformedAnswerTest(TransportTest):
                 self.assertIsInstance(got.json(), dict)
 
 
+class ReceiveTest(unittest.TestCase):
+    def test_a_tls_peer_that_wants_answers_and_does_not_read_is_left(self):
+        """It stays ready to be read, and the loop would do nothing else."""
+        sock = unittest.mock.Mock(spec=ssl.SSLSocket)
+        for error, wanted in ((ssl.SSLWantWriteError(), OSError), (ssl.SSLWantReadError(), None)):
+            sock.recv.side_effect = error
+            if wanted:
+                self.assertRaises(wanted, plexus_lite.receive, sock)
+            else:
+                self.assertIsNone(plexus_lite.receive(sock))
+
+
 class FailoverTest(TransportTest):
     """Alias "try-NAME" leads to "a", then "b", then "c"; each NAME is a target of its own, with its own cooldown."""
 

@@ -188,6 +188,8 @@ GC_THRESHOLDS: Final = (2000, 100, 10)
 STACK_BYTES: Final = 8 * MIB  # json recurses on it: deep JSON must be a RecursionError, not the end of its stack (musl)
 # All workers wake for each new connection, and the quickest had most of them: those with fewer may take it first.
 YIELD_S: Final = 0.005
+PARSERS: Final = 4  # large bodies read at a time: JSON of many small values takes 31 times its size meanwhile
+SPARE_THREADS: Final = 16  # beside one for each of the clients that may be
 ACCEPT_PAUSE_S: Final = 0.5  # without file descriptors accept() fails at once and for ever: pause instead of spinning
 MAX_NAME_CHARS: Final = 200  # of a model in records and labels: behind "*" clients choose it
 MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the least recently used go
@@ -1251,7 +1253,7 @@ def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
     except json.JSONDecodeError:
         raise
     except ValueError as error:
-        if "JSON" in str(error):
+        if str(error).endswith("is no JSON"):  # refuse_constant() says so
             problem, marked = str(error), text.replace("NaN", "0aN").replace("Infinity", "0nfinity")
         else:  # CPython has advice for programmers
             problem = "a number has too many digits"
@@ -4753,7 +4755,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     encoding, limits = ", ".join(headers.tokens("content-encoding")), state.config.limits
     exchange.session = session_of(headers, None)
     raw = decode_content(exchange.body, encoding, limits.max_body_bytes, load_zstd)
-    if encoding and raw is not None:
+    if raw is not None and raw is not exchange.body:
         exchange.hold(len(raw))
     body = exchange.json = None if raw is None else read_json(raw, exchange.session, fleet, now)
     exchange.cache_key = cache_key(body)
@@ -4771,8 +4773,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     exchange.plan = plan
 
 
-PARSERS: Final = 4  # at a time: JSON of many small values takes 31 times its size while it is read
-AT_ONCE: Final = contextlib.nullcontext()  # in the loop
+AT_ONCE: Final = contextlib.nullcontext()  # what is read in the loop waits for no place
 CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
 
 
@@ -5063,7 +5064,6 @@ LEVELS: Final = ("error", "warning", "info", "debug")
 MAX_QUEUED_LINES: Final = 10_000
 LOG_PAUSE_S: Final = 0.02
 SMALL_TURN_BYTES: Final = 64 * KIB  # JSON of this size keeps the loop for 0.2 ms; a compressed body can be any size
-SPARE_THREADS: Final = 16
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 SIGNALS: Final = {*STOP_SIGNALS, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 

@@ -773,7 +773,6 @@ class FeedTest(unittest.TestCase):
         feed.tick(127.3)
         self.assertTrue(sent.call_args[0][0].startswith(b": "))
 
-
     def test_pages_of_one_key_are_rendered_once_a_tick(self):
         server = unittest.mock.Mock(_shown={}, _shown_at=0.0, workers=1, started=0)
         one, other = plexus_lite.Identity("one"), plexus_lite.Identity("other")

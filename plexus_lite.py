@@ -6225,7 +6225,8 @@ class Report:
     def __init__(self) -> None:
         self._first = self._last = ""
         self._answered_here = 0
-        self._tables: Counts = {"total": {"all": {"requests": 0}}, "session": {}, **{kind: {} for kind in GROUPS}}
+        self._places: Counts = {}  # rows by all of GROUPS: one to count in, not four
+        self._sessions: Counts = {}
 
     def add(self, record: Any) -> bool:
         """Return False if *record* is no access log record: the log has events as well, and files have anything."""
@@ -6250,21 +6251,26 @@ class Report:
         row.update((kind, {name: 1}) for kind, name in zip(NAMED, (reason, changed, error)) if name)
         if "ttfb_ms" in numbers and not error:
             row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
-        groups = {kind: names.get(kind) for kind in GROUPS}
-        add_up(self._tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in groups.items()}})
-        sessions = self._tables["session"]
+        place = tuple(map(names.get, GROUPS))
+        add_up(self._places, {place: row})
         if "session" in names:
-            add_up(sessions, {names["session"]: {**row, "used": {" ".join(filter(None, groups.values())): 1}}})
-        if len(sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
-            least = sorted(sessions, key=lambda name: sessions[name].get("missed_tokens", 0))
+            row["used"] = {" ".join(filter(None, place)): 1}
+            add_up(self._sessions, {names["session"]: row})
+        if len(self._sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
+            least = sorted(self._sessions, key=lambda name: self._sessions[name].get("missed_tokens", 0))
             for name in least[: MAX_NAMES // 2]:
-                add_up(sessions, {OTHER: sessions.pop(name)})
+                add_up(self._sessions, {OTHER: self._sessions.pop(name)})
         return True
 
     def as_json(self) -> Dict[str, Any]:
         """Return all that render shows, and the rows that it leaves out."""
+        tables: Counts = {"total": {"all": {"requests": 0}}, "session": self._sessions}
+        tables.update((kind, {}) for kind in GROUPS)
+        for place, row in self._places.items():
+            names = [OTHER] * len(GROUPS) if place == OTHER else place
+            add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
         found: Counts = {"from": self._first or None, "to": self._last or None}
-        for kind, table in self._tables.items():  # the most missed tokens first, then the most requests
+        for kind, table in tables.items():  # the most missed tokens first, then the most requests
             rows = map(figures_of, table, table.values())
             found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
         sessions = found.pop("session")
@@ -6281,8 +6287,9 @@ class Report:
         space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
-        over = "over " * (OTHER in self._tables["session"])
-        counted = f"{total['requests']:,} requests in {over}{found['sessions']:,} sessions, "
+        counted = (
+            f"{total['requests']:,} requests in {'over ' * (OTHER in self._sessions)}{found['sessions']:,} sessions, "
+        )
         counted += f"{self._first[:19]} to {self._last[:19]} UTC"
         if self._answered_here:
             counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"

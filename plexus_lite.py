@@ -3805,6 +3805,7 @@ class Exchange:
     reader: BodyReader = NO_BODY
     size = 0  # of what has come of the body
     held = 0  # bytes of it that are counted
+    has_copy = False  # with another model's name, which is counted as well
     body = b""  # once all of it is here
     refusal: Optional[ProxyError] = None  # to be answered once the body has been read
     is_gone = False  # the client has left
@@ -3851,7 +3852,7 @@ class Exchange:
         """Count *size* more bytes as held for it; ProxyError if there are too many of all clients."""
         self.held += size
         limit = self.state.config.limits.max_buffered_bytes
-        if self.bodies and self.bodies.take(size) > limit:
+        if size and self.bodies and self.bodies.take(size) > limit:  # who has no body is not refused for others'
             message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
             raise ProxyError("overloaded", message)
 
@@ -4569,12 +4570,16 @@ class Answer:
         upstream, is_awaited = self.upstream, self.head is NO_ANSWER
         if not is_awaited and self._held is None:
             self.connection.abort("upstream_closed")
-        elif is_awaited and upstream and upstream.reused and not self._start and not self.exchange.was_stale:
+        elif is_awaited and upstream and upstream.reused and self._has_nothing() and not self.exchange.was_stale:
             # It was closed while idle, before this request reached it (RFC 9112 9.3.1): once more, on a fresh one.
             self.exchange.asks_again = self.exchange.was_stale = True
             self._next_turn()
         else:
             self._failed(self._error(what))
+
+    def _has_nothing(self) -> bool:
+        """Say whether no byte of an answer has come, an interim one included."""
+        return not (self._start or self._interim_bytes)
 
     def _invalid(self, error: MalformedHTTP) -> None:
         """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
@@ -5038,6 +5043,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = exchange.body if head.method == "POST" else None
         if parsed and is_edited:
             body = replace_model(parsed, target.model)
+            if not exchange.has_copy:
+                exchange.has_copy = True
+                exchange.hold(len(body))
         return OutboundRequest(
             target,
             exchange.route.path + head.query,
@@ -5327,7 +5335,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Handle a small request at once, here in the loop, as long as nothing has to be waited for: the way to a
         thread and back costs more than the rest of it.  Any other gets a thread."""
         turn: Any = (exchange, connection)
-        is_encoded = exchange.head.headers.get("content-encoding")
+        is_encoded = exchange.head.headers.get("content-encoding") is not None  # a further field may say more than ""
         if len(exchange.body) <= SMALL_TURN_BYTES and not is_encoded:
             self.loop.take_turn(self.process_request_thread, turn, connection.peer)
         else:

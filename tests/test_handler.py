@@ -454,6 +454,16 @@ class ThreadsTest(unittest.TestCase):
         refuse, error = server.loop.call.call_args[0]
         self.assertEqual((refuse, error.code), (turn[1].respond_error, "overloaded"))
 
+    def test_a_body_is_encoded_whichever_field_says_so(self):
+        """In the loop, 31 KB of gzip kept all other clients waiting for 4.7 s."""
+        for fields, is_handed_on in (([], False), ([""], True), (["", "gzip"], True)):
+            server, exchange = unittest.mock.Mock(), unittest.mock.Mock(body=b"x")
+            exchange.head.headers = plexus_lite.Headers([("Content-Encoding", value) for value in fields])
+            plexus_lite.Server.start(server, exchange, unittest.mock.Mock())
+            self.assertEqual(
+                (server.give_to_thread.called, server.loop.take_turn.called), (is_handed_on, not is_handed_on)
+            )
+
     def test_few_large_bodies_are_read_at_a_time_and_who_waits_may_leave(self):
         handler: Any = object.__new__(plexus_lite.Handler)
         handler.exchange = types.SimpleNamespace(is_gone=False)

@@ -564,6 +564,11 @@ class LimitsTest(HostileTest):
         self.assertEqual(first.read_answer().status, 200)
         self.assertEqual(post(self.proxy.port, "/v1/responses", body).status, 200)
 
+    def test_a_copy_with_another_models_name_counts_too(self):
+        for size, status in ((60_000, 200), (80_000, 503)):
+            got = post(self.proxy.port, "/v1/responses", {"model": "direct/up/gpt-test", "input": "x" * size})
+            self.assertEqual(got.status, status)
+
     def test_what_a_body_is_decoded_to_counts_too(self):
         text = b'{"model":"gpt-test","input":"' + b"x" * 80_000 + b'"}'
         gate = self.event()

@@ -543,6 +543,13 @@ class BodiesTest(unittest.TestCase):
         had.clear()
         self.assertEqual(bench.bodies.take(0), 0)
 
+    def test_who_has_no_body_is_not_refused_for_those_of_others(self):
+        bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], b""))
+        bench.bodies.take(2 * bench.state.config.limits.max_buffered_bytes)
+        bench.receive(build_request("GET", "/v1/models", key=None))
+        bench.receive(build_request("POST", "/v1/responses", {}, key=None))
+        self.assertEqual([record["status"] for record in bench.records], [200, 503])
+
     def test_workers_share_what_may_be_held(self):
         bodies = plexus_lite.Bodies(4)
         self.assertEqual([bodies.take(10), bodies.take(5)], [40, 60])

@@ -198,6 +198,15 @@ class PoolTest(TransportTest):
                 self.assertNotEqual(first.connection, second.connection)
                 self.assertEqual((first.body, first.headers), (second.body, second.headers))
 
+    def test_end_behind_an_interim_answer_is_not_repeated(self):
+        """The request has reached it: a turn could be paid for twice."""
+        self.ask(answer(200, (), {}))
+        self.upstream.requests.clear()
+        hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+        got = self.ask([hints, Cut()])
+        self.check_error(got, 502, "upstream_connection_error")
+        self.assertEqual(len(self.upstream.requests), 1)
+
     def test_repeat_that_fails_too_is_a_502(self):
         self.ask(answer(200, (), {}))
         self.upstream.requests.clear()

@@ -100,6 +100,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from typing import (
     Any,
@@ -3851,10 +3852,11 @@ class Exchange:
     def hold(self, size: int) -> None:
         """Count *size* more bytes as held for it; ProxyError if there are too many of all clients."""
         self.held += size
-        limit = self.state.config.limits.max_buffered_bytes
-        if size and self.bodies and self.bodies.take(size) > limit:  # who has no body is not refused for others'
-            message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
-            raise ProxyError("overloaded", message)
+        if size and self.bodies:  # who has no body is not refused for those of others
+            limit = self.state.config.limits.max_buffered_bytes
+            if self.bodies.take(size) > limit:
+                message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
+                raise ProxyError("overloaded", message)
 
     def let_go(self) -> None:
         """Its body will not be sent any more."""
@@ -5639,6 +5641,8 @@ class Supervisor:
 
     def run(self, count: int) -> int:
         """Keep *count* workers running until a signal ends them."""
+        # From 3.12: the one thread that was here has been joined, but the system may still be ending it.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         catch_signals(self._pass_on)
         for number in range(count):
             self._spawn(number, RESPAWN_S[0])

@@ -215,6 +215,22 @@ class WorkersTest(unittest.TestCase):
         self.assertIn("worker 0 cannot be started: none left; again in 0.05 s", proxy.error_text())
         self.assertEqual(support.get(proxy.port, "/health").status, 200)
 
+    def test_a_thread_that_is_still_ending_is_no_warning(self) -> None:
+        """From 3.12 os.fork() warns of it, on stderr."""
+        runner = (
+            f"import sys, threading, time\nsys.path.insert(0, {os.path.dirname(support.PROGRAM)!r})\n"
+            "import plexus_lite\n"
+            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+            "raise SystemExit(plexus_lite.main())"
+        )
+        proxy = support.Proxy(support.make_config(self.upstream, workers=2))
+        proxy._command[1:2] = ["-W", "always::DeprecationWarning", "-c", runner]
+        self.addCleanup(proxy.__exit__, None)
+        proxy.__enter__()
+        wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
+        self.assertEqual(support.get(proxy.port, "/health").status, 200)
+        self.assertNotIn("Warning", proxy.error_text())
+
     def test_sigterm_lets_a_running_answer_finish_and_ends_every_process(self) -> None:
         proxy = self.start(self.upstream)
         workers = children(proxy.process.pid)

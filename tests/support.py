@@ -632,6 +632,12 @@ class Proxy:
         self._command = [sys.executable, PROGRAM, "--config", self.config_path, "--port", "0"] + list(args)
         self.write_config(config)
 
+    def change(self, code: str, *interpreter_options: str) -> None:
+        """Let *code*, which finds the program as plexus_lite, run before it; before `__enter__`."""
+        begin = f"import sys\nsys.path.insert(0, {os.path.dirname(PROGRAM)!r})\nimport plexus_lite\n"
+        whole = f"{begin}{code}\nsys.exit(plexus_lite.main(sys.argv[1:]))"
+        self._command[1:2] = [*interpreter_options, "-c", whole]
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         with open(self.config_path, "w", encoding="utf-8") as file:
             json.dump(config, file)

@@ -12,6 +12,7 @@ import time
 import unittest
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import plexus_lite
 from tests import support
 from tests.support import Answer, FakeUpstream, Pause, Proxy, RawClient, Recorded, Reply, build_request, enter
 from tests.test_observation import Series, parse_metrics, total
@@ -25,12 +26,6 @@ KEYS = {
 TOOLS = [{"type": "function", "name": "t"}]
 ITEMS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 NULLS: Dict[str, Any] = {"input_tokens": None, "cached_tokens": None, "miss_reason": None, "prefix_changed_at": None}
-# Runs the program with other times: what it does each second need not make a test last.
-RUNNER = """import sys
-sys.path.insert(0, {!r})
-import plexus_lite
-vars(plexus_lite).update({!r})
-sys.exit(plexus_lite.main(sys.argv[1:]))"""
 # Runs a command with a terminal as its stderr; the pipe that was there stays open.
 ON_TERMINAL = """import os, sys
 os.set_inheritable(os.dup(2), True)
@@ -105,7 +100,7 @@ class ViewCase(unittest.TestCase):
             upstream.default = self.counting.reply
         config = support.make_config(self.upstreams, {"models": ["gpt-test", "*"]}, **{"keys": KEYS, **overrides})
         self.proxy = Proxy(config)
-        times = {
+        times = {  # what it does each second need not make a test last
             "TICK_S": 0.05,
             "FEED_S": 0.05,
             "LOG_PAUSE_S": 0.001,
@@ -113,7 +108,7 @@ class ViewCase(unittest.TestCase):
             "COOLDOWN_FIRST_S": 60.0,
             "CACHE_IDLE_S": idle_s,
         }
-        self.proxy._command[1:2] = ["-c", RUNNER.format(os.path.dirname(support.PROGRAM), times)]
+        self.proxy.change(f"vars(plexus_lite).update({times!r})")
         enter(self.addCleanup, self.proxy)
 
     def ask(self, session: Optional[str], key: Optional[str] = "sk-client", **body: Any) -> Dict[str, Any]:
@@ -450,14 +445,9 @@ class StatusTest(ViewCase):
 
     def test_an_open_stream_ends_when_the_keys_change(self) -> None:
         self.start()
-        folder = os.path.dirname(self.proxy.config_path)
-
-        def write(name: str, secret: str) -> None:
-            with open(os.path.join(folder, name + ".new"), "w", encoding="ascii") as file:
-                file.write(secret)
-            os.replace(os.path.join(folder, name + ".new"), os.path.join(folder, name))
-
-        write("boss", "sk-before")
+        path = os.path.join(self.proxy.folder, "boss")
+        with open(path, "w", encoding="ascii") as file:
+            file.write("sk-before")
         keys = {"team": KEYS["team"], "boss": {"secret": "file:boss", "admin": True}}
         with Page(self.proxy.port, self.ticket("sk-other")) as page:
             page.next_event()
@@ -469,11 +459,14 @@ class StatusTest(ViewCase):
         with Page(self.proxy.port, ticket) as page:
             page.next_event()
             self.proxy.process.send_signal(signal.SIGHUP)  # the same keys: it goes on
-            self.proxy.wait_for_record(lambda one: "message" in one and one in self.proxy.log_records()[-1:])
+            said = "configuration reloaded"
+            wait_until(
+                lambda: [one.get("message") for one in self.proxy.log_records()].count(said) == 2, "both reloads"
+            )
             self.ask("another", "sk-client")
             while not page.next_event()["sessions"]:
                 pass
-            write("boss", "sk-after")
+            plexus_lite.replace_file(path, b"sk-after")
             list(page.chunks)
         self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-before").status, 401)
         self.assertEqual(support.get(self.proxy.port, "/status?ticket=" + ticket, key=None).status, 401)

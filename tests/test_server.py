@@ -479,17 +479,9 @@ class StopTest(ServerTest):
 class DefectTest(ServerTest):
     """What nobody expected ends one exchange, not the service, and is told without its text: a key may stand there."""
 
-    SABOTAGED = """import sys
-sys.path.insert(0, {!r})
-import plexus_lite
-def fail(*_):
-    raise ValueError("sk-upstream")
-plexus_lite.{} = fail
-sys.exit(plexus_lite.main(sys.argv[1:]))"""
-
     def start_with(self, broken: str) -> Proxy:
         proxy = Proxy(make_config("http://127.0.0.1:9/v1"))
-        proxy._command[1:2] = ["-c", self.SABOTAGED.format(os.path.dirname(PROGRAM), broken)]
+        proxy.change(f"def fail(*_):\n    raise ValueError('sk-upstream')\nplexus_lite.{broken} = fail")
         enter(self.addCleanup, proxy)
         return proxy
 

@@ -197,17 +197,16 @@ class WorkersTest(unittest.TestCase):
         self.assertIn("max_buffered_bytes (100000)", got.json()["error"]["message"])
 
     def test_a_worker_that_cannot_be_started_is_tried_again_and_one_that_fails_says_why(self) -> None:
-        runner = (
-            f"import os, sys; sys.path.insert(0, {os.path.dirname(support.PROGRAM)!r}); import plexus_lite\n"
+        change = (
+            "import os\n"
             "fork, bind, calls = os.fork, plexus_lite.bind_to_core, []\n"
             "def fork_second():\n    calls.append(1)\n    if len(calls) == 1:\n        raise OSError(11, 'none left')\n"
             "    return fork()\n"
             "def bind_later(number):\n    if len(calls) == 2:\n        raise ValueError('no core')\n    bind(number)\n"
-            "os.fork, plexus_lite.bind_to_core, plexus_lite.RESPAWN_S = fork_second, bind_later, (0.05, 10.0)\n"
-            "raise SystemExit(plexus_lite.main())"
+            "os.fork, plexus_lite.bind_to_core, plexus_lite.RESPAWN_S = fork_second, bind_later, (0.05, 10.0)"
         )
         proxy = support.Proxy(support.make_config(self.upstream, workers=2))
-        proxy._command[1:2] = ["-c", runner]
+        proxy.change(change)
         self.addCleanup(proxy.__exit__, None)
         proxy.__enter__()
         wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
@@ -217,14 +216,9 @@ class WorkersTest(unittest.TestCase):
 
     def test_a_thread_that_is_still_ending_is_no_warning(self) -> None:
         """From 3.12 os.fork() warns of it, on stderr."""
-        runner = (
-            f"import sys, threading, time\nsys.path.insert(0, {os.path.dirname(support.PROGRAM)!r})\n"
-            "import plexus_lite\n"
-            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-            "raise SystemExit(plexus_lite.main())"
-        )
+        thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
         proxy = support.Proxy(support.make_config(self.upstream, workers=2))
-        proxy._command[1:2] = ["-W", "always::DeprecationWarning", "-c", runner]
+        proxy.change(thread, "-W", "always::DeprecationWarning")
         self.addCleanup(proxy.__exit__, None)
         proxy.__enter__()
         wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")

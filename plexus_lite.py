@@ -1448,7 +1448,8 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
     """
     raw = bytes(raw)
     # Once more as a whole: a run may have been the end of a number, and what was seen the beginning of one.
-    for scan, known in ((scan_around_runs, seen), (scan_body, seen), (scan_body, NOTHING_SEEN)):
+    ways = ((scan_around_runs, seen), (scan_body, seen), (scan_body, NOTHING_SEEN))
+    for scan, known in ways if seen.values else ways[:2]:
         try:
             body = scan(raw, known)
         except (StopIteration, ValueError, RecursionError):
@@ -3726,9 +3727,9 @@ def load_zstd() -> Optional[Coding]:
 
 
 # ---------------------------------------------------------------------------
-# 10  Relay -- State, Exchange, ClientConnection, Answer, Feed: client sockets and running answers, all in the loop's
-#    thread; an exchange goes to a handler and back.  Nothing here blocks: not a send to a slow reader, not the wait for
-#    a first byte.
+# 10  Relay -- State, Bodies, Exchange, ClientConnection, Answer, Feed: client sockets and running answers, all in the
+#    loop's thread; an exchange goes to a handler and back.  Nothing here blocks: not a send to a slow reader, not the
+#    wait for a first byte.
 # ---------------------------------------------------------------------------
 
 
@@ -4223,7 +4224,7 @@ class ClientConnection:
         if exchange:
             if error:
                 exchange.fail(error)
-            exchange.refusal, exchange.last_error = None, Exchange.last_error  # their tracebacks lead back here
+            exchange.refusal = None  # its traceback leads back here
             exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
             if self.phase != Phase.BUSY or not exchange.is_gone:  # else a thread may have it, and its body
                 exchange.let_go()
@@ -4570,18 +4571,15 @@ class Answer:
 
     def _broken(self, what: str) -> None:
         upstream, is_awaited = self.upstream, self.head is NO_ANSWER
+        has_begun = self._start or self._interim_bytes
         if not is_awaited and self._held is None:
             self.connection.abort("upstream_closed")
-        elif is_awaited and upstream and upstream.reused and self._has_nothing() and not self.exchange.was_stale:
+        elif is_awaited and upstream and upstream.reused and not has_begun and not self.exchange.was_stale:
             # It was closed while idle, before this request reached it (RFC 9112 9.3.1): once more, on a fresh one.
             self.exchange.asks_again = self.exchange.was_stale = True
             self._next_turn()
         else:
             self._failed(self._error(what))
-
-    def _has_nothing(self) -> bool:
-        """Say whether no byte of an answer has come, an interim one included."""
-        return not (self._start or self._interim_bytes)
 
     def _invalid(self, error: MalformedHTTP) -> None:
         """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
@@ -5249,12 +5247,11 @@ def hold_signals(hold: bool) -> None:
 def render_defect(error: Optional[BaseException]) -> str:
     """Return what the log says of an *error* that nobody expected: what it is, and the line of this file that it came
     from.  Not its text, in which anything may stand that passes here."""
-    line, step = 0, error and error.__traceback__
-    while step:
-        if step.tb_frame.f_code.co_filename == render_defect.__code__.co_filename:
-            line = step.tb_lineno
-        step = step.tb_next
-    return f"internal error: {type(error).__name__} in line {line} of version {__version__}"
+    import traceback
+
+    steps = traceback.walk_tb(error.__traceback__ if error else None)
+    lines = [line for frame, line in steps if frame.f_code.co_filename == render_defect.__code__.co_filename]
+    return f"internal error: {type(error).__name__} in line {lines[-1] if lines else 0} of version {__version__}"
 
 
 def process_figures() -> Dict[str, float]:
@@ -5300,8 +5297,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._begun: List[Exchange] = []  # and no digests taken yet
         self._ended: List[Exchange] = []  # and not observed yet
         self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
-        self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show, at
-        self._shown_at = -math.inf
+        self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show since
+        self._shown_at = -math.inf  # this time of the loop
         self._draining = False
         self._drain_deadline = math.inf
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)

@@ -3826,7 +3826,6 @@ class Exchange:
     plan = NO_PLAN
     place: Optional[Place] = None  # what it was placed by, if there was a choice
     turn_owner: Optional[str] = None  # the place that minted the turn state
-    passes_on = RETRY_STATUSES  # statuses with which the next target is asked
     # What each turn changes.
     tried = 0  # how many targets of the plan
     target: Optional[Target] = None  # the one being asked
@@ -4356,7 +4355,6 @@ class Answer:
     _tail = b""  # the last bytes of an event stream into which comments may go
     _ids: Optional[ResponseIds] = None
     _is_direct = False  # an event stream that may leave by _relay_direct()
-    _direct_bytes = 0  # of the body, that did
 
     def __init__(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
@@ -4438,7 +4436,7 @@ class Answer:
             self.connection.close()
             return
         self._quiet_since = self.loop.now
-        self._direct_bytes += size
+        self.exchange.bytes_out += size
         if sent < len(data):
             self.connection.keep(data, sent)
 
@@ -4518,10 +4516,8 @@ class Answer:
         connection, exchange, done = self.connection, self.exchange, self._body.done
         if self._held is not None:
             self._held += payload
-            if done:
-                self._end_held()
-            elif len(self._held) > HELD_ANSWER_BYTES:
-                self._stop_holding("is too long")
+            if done or len(self._held) > HELD_ANSWER_BYTES:
+                self._judge_error()
             return
         connection.send_payload(payload, done)
         if self._tail:
@@ -4533,29 +4529,24 @@ class Answer:
         if exchange.usage:
             exchange.usage.feed(payload)
         if done:
-            self.detach(reusable=True)
             connection.finish()
         elif self._is_direct or len(connection.unsent) > HIGH_WATER_BYTES:
             self._watch()
 
-    def _stop_holding(self, why: str) -> None:
-        """An error answer cannot be held back any longer: ask the next target, or hand on what is here and relay on."""
-        exchange, status = self.exchange, self.head.status
-        if status in exchange.passes_on and exchange.tried < len(exchange.plan.targets):
-            self._failed(self._error(f"answered {status}, and the answer {why}"))
+    def _judge_error(self) -> None:
+        """An error answer is complete, or cannot be held back any longer: hand it on, unless another target may do
+        better.  One that is not complete is handed on as far as it is here, and then relayed."""
+        exchange, status, is_whole = self.exchange, self.head.status, self._body.done
+        passes_on = {404} if exchange.route.action == "stored" else RETRY_STATUSES  # with which another is asked
+        if is_whole:
+            exchange.last_answer = self
+        if is_whole and status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
+            exchange.refused, exchange.asks_again = exchange.credential, True  # once more, after a renewal
+            self._next_turn()
+        elif status in passes_on and (is_whole or exchange.tried < len(exchange.plan.targets)):
+            self._next_turn()
         else:
             self.hand_on()
-
-    def _end_held(self) -> None:
-        """An error answer is complete: hand it on, unless another target may do better."""
-        exchange, status = self.exchange, self.head.status
-        exchange.last_answer = self
-        if status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
-            exchange.refused, exchange.asks_again = exchange.credential, True  # once more, after a renewal
-        elif status not in exchange.passes_on:
-            self.hand_on()
-            return
-        self._next_turn(reusable=True)
 
     def _ended(self) -> None:
         """The upstream closed the connection."""
@@ -4598,21 +4589,20 @@ class Answer:
         self._fleet.failed(self.target, self.loop.now)
         self._next_turn()
 
-    def _next_turn(self, reusable: bool = False) -> None:
+    def _next_turn(self) -> None:
         """Back to a handler: it asks the next target, or answers."""
-        self.detach(reusable)
+        self.detach()
         self.connection.answer = None
         self.connection.go_on(self.exchange)
 
-    def detach(self, reusable: bool = False) -> None:
+    def detach(self) -> None:
         """Let go of the upstream connection: back into the pool if it is at the end of a whole answer, else it ends,
         so that no more tokens are made for a client that has left."""
         upstream, self.upstream = self.upstream, None
         if upstream is None:
             return
-        self.exchange.bytes_out += self._direct_bytes
         self._fleet.closed(self.target)
-        if reusable and upstream.whole and not upstream.unsent and self._is_persistent():
+        if upstream.whole and not upstream.unsent and self._is_persistent():
             self.exchange.state.transport.release(upstream)
         else:
             self.loop.close(upstream.sock)
@@ -4680,7 +4670,7 @@ class Answer:
         if self.exchange.json:  # the upstream thinks, so there is time for this
             self.exchange.digest(self._fleet)
         if self._held is not None and (is_idle or now > self._deadline):
-            self._stop_holding("does not end")
+            self._judge_error()
         elif now > self._deadline:
             if self.upstream and self.upstream.connecting:  # what its name means by now may answer
                 self.exchange.state.transport.forget_address(self.upstream)
@@ -4834,7 +4824,6 @@ def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> None:
     owner = fleet.owners.get(text_digest(exchange.route.id), now)
     owners = tuple(target for target in places if target.place == owner)
     exchange.targets = owners or places
-    exchange.passes_on = frozenset({404} if len(exchange.targets) > 1 else ())
     exchange.session = session_of(exchange.headers, None)
     exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "", "")
 

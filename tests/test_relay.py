@@ -519,6 +519,18 @@ class DirectTest(unittest.TestCase):
         self.assertTrue(bench.sock.closed)
 
 
+class LongErrorTest(unittest.TestCase):
+    def test_a_404_for_an_id_that_is_unknown_there_rests_no_target_however_long_it_is(self):
+        upstream = BenchSocket([b"HTTP/1.1 404 Not Found\r\nContent-Length: 100000\r\n\r\n", b"x" * 70_000])
+        bench, answer = begin_relay(upstream)
+        answer.exchange.route = plexus_lite.Route("/responses/{id}", "/responses/r", "stored")
+        answer.exchange.plan, answer.exchange.tried = plexus_lite.Plan((TARGET, TARGET), "", ""), 1
+        for _ in range(2):
+            bench.bench_loop.wake(upstream, plexus_lite.READ)
+        self.assertIsNone(answer.upstream)
+        self.assertEqual((bench.fleet.resting(0.0), bench.fleet.cooldowns()), ({}, {}))
+
+
 class GivesWayTest(unittest.TestCase):
     def test_a_request_that_came_behind_another_is_not_dropped(self):
         bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], b"ok"))

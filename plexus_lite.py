@@ -3780,28 +3780,21 @@ class Bodies:
         """*workers* share limits.max_buffered_bytes."""
         self._lock = threading.Lock()  # protects _total: handlers in threads count what they decode
         self._total = 0
-        self._freed: Deque[int] = collections.deque()  # sizes that are still in _total
         self._workers = workers
 
-    def take(self, size: int) -> int:
-        """Count *size* more bytes; return what that makes if the other workers hold as many."""
+    def count(self, size: int) -> int:
+        """Count *size* more bytes (or less, below 0); return what that makes if the other workers hold as many."""
         with self._lock:
-            while self._freed:
-                self._total -= self._freed.popleft()
             self._total += size
             return self._total * self._workers
-
-    def give_back(self, size: int) -> None:
-        """Count *size* bytes no longer.  Without the lock: the collector may call it in the middle of take()."""
-        self._freed.append(size)
 
 
 class Exchange:
     """One request and what becomes of it.
 
-    The loop and one handler take turns with it: the loop fills it, start() hands it to a handler, Loop.hand() hands it
-    back.  Only where the client leaves meanwhile does the loop not wait for its turn: it sets is_gone, which a handler
-    in a thread looks at, and writes the record as it is.
+    The loop and one handler take turns with it: the loop fills it, start() hands it to a handler, take_back() or
+    attach() takes it back.  Only where the client leaves meanwhile does the loop not wait for its turn: it sets
+    is_gone, which a handler in a thread looks at, and writes the record as it is.
     """
 
     reader: BodyReader = NO_BODY
@@ -3839,7 +3832,7 @@ class Exchange:
     left: Tuple[str, ...] = ()  # the providers that a further target stood in for
     usage: Optional[UsageReader] = None  # of the answer that is relayed
 
-    def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Optional[Bodies] = None) -> None:
+    def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Bodies) -> None:
         self.head, self.bodies = head, bodies
         self.headers = head.headers  # then the end-to-end ones
         self.state = state
@@ -3852,19 +3845,15 @@ class Exchange:
     def hold(self, size: int) -> None:
         """Count *size* more bytes as held for it; ProxyError if there are too many of all clients."""
         self.held += size
-        if size and self.bodies:  # who has no body is not refused for those of others
-            limit = self.state.config.limits.max_buffered_bytes
-            if self.bodies.take(size) > limit:
-                message = f"the request bodies under way fill limits.max_buffered_bytes ({limit})"
-                raise ProxyError("overloaded", message)
+        limit = self.state.config.limits.max_buffered_bytes
+        if size and self.bodies.count(size) > limit:  # who has no body is not refused for those of others
+            raise ProxyError("overloaded", f"the request bodies under way fill limits.max_buffered_bytes ({limit})")
 
     def let_go(self) -> None:
-        """Its body will not be sent any more."""
-        if self.bodies and self.held:
-            self.bodies.give_back(self.held)
-        self.held = 0
-
-    __del__ = let_go  # of one that a thread had when its client left
+        """Its body will not be sent any more.  In the loop's thread, while no handler has it."""
+        if self.held:
+            self.bodies.count(-self.held)
+            self.held = 0
 
     def digest(self, fleet: Fleet) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
@@ -4094,33 +4083,35 @@ class ClientConnection:
         self._enter(Phase.BUSY)
         self.app.start(exchange, self)
 
+    def take_back(self, exchange: Exchange, function: Callable[..., None], *arguments: Any) -> None:
+        """A handler's turn has ended: go on with *function*, unless the client has left meanwhile."""
+        if self.exchange is exchange:
+            function(*arguments)
+        else:
+            exchange.let_go()
+
+    # -- answers out -----------------------------------------------------
+
     def refuse(self, error: ProxyError) -> None:
-        """Answer a request that cannot be read or may not be served."""
+        """Answer a request that cannot be read, may not be served, or found no upstream."""
         if self._handshaking:  # nothing can be said before its end
             self.close()
             return
         if self.exchange is None:
-            self.exchange = Exchange(NO_HEAD, self.app.state, self.peer, self.loop.now)
+            self.exchange = Exchange(NO_HEAD, self.app.state, self.peer, self.loop.now, self.app.bodies)
         if error.closes or not self.exchange.reader.done:
             self.closing = True  # the bytes that follow cannot be told from a request
             self._pending = b""
-        self.respond_error(error)
-
-    # -- answers out -----------------------------------------------------
-
-    def respond_error(self, error: ProxyError) -> None:
+        self.exchange.fail(error.code)
         fields, body = render_error(error)
-        if self.exchange:
-            self.exchange.fail(error.code)
-        self.closing = self.closing or error.closes
         self.respond(error.status, [*own_fields(), *fields], body)
 
     def respond(self, status: int, fields: Sequence[Field], body: bytes) -> None:
         """Send a whole answer of our own and end the exchange with it."""
-        if self.exchange:
-            self.begin_answer(status, http.HTTPStatus(status).phrase, fields, len(body))
-            self.send_payload(b"" if self.exchange.head.method == "HEAD" else body)
-            self.finish()
+        assert self.exchange is not None
+        self.begin_answer(status, http.HTTPStatus(status).phrase, fields, len(body))
+        self.send_payload(b"" if self.exchange.head.method == "HEAD" else body)
+        self.finish()
 
     def begin_answer(self, status: int, reason: str, fields: Sequence[Field], length: Optional[int] = None) -> None:
         """Render the head, with the framing for *length* bytes (None: not known); it leaves with the first payload."""
@@ -4576,7 +4567,7 @@ class Answer:
         """What came is no HTTP: a 502 at once, since the request may have been served; or a cut, if it has begun."""
         if self.exchange.record["ttfb_ms"] is None:
             found = UpstreamError("in the answer: " + error.message, "upstream_invalid_response")
-            self.connection.respond_error(found)
+            self.connection.refuse(found)
         else:
             self.connection.abort("upstream_invalid_response")
 
@@ -4618,12 +4609,12 @@ class Answer:
 
     def hand_on(self) -> None:
         """Relay the error answer that was held back, as it is but for our credentials in it."""
-        if self.connection.exchange is self.exchange and self._held is not None:
-            self.exchange.turn_to(self.target)  # one that was asked later gave no answer
-            payload, self._held = mask(bytes(self._held), self._secrets()), None
-            length = self._body.length if isinstance(self._body, LengthBody) else None
-            self._commit(len(payload) if self._body.done else length)
-            self._take(payload)
+        assert self._held is not None
+        self.exchange.turn_to(self.target)  # one that was asked later gave no answer
+        payload, self._held = mask(bytes(self._held), self._secrets()), None
+        length = self._body.length if isinstance(self._body, LengthBody) else None
+        self._commit(len(payload) if self._body.done else length)
+        self._take(payload)
 
     def _secrets(self) -> Tuple[bytes, ...]:
         """Return the credentials in the fields that we add, and those for a proxy that reads them, for masking."""
@@ -4875,19 +4866,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.exchange, self.connection = self.request
-        self.fleet, self.hand = self.server.fleet, self.server.loop.hand
+        self.fleet = self.server.fleet
 
     def finish(self) -> None:
         pass
 
     def handle(self) -> None:
         try:
-            if not self.exchange.is_gone:
-                getattr(self, "do_" + self.exchange.route.action)()
+            getattr(self, "do_" + self.exchange.route.action)()
         except ProxyError as error:
-            self.hand(self.connection.respond_error, error.alone())
+            self.hand(self.connection.refuse, error.alone())
         except ClientGone:  # the loop saw it first, and has written the record
-            pass
+            self.hand(do_nothing)
+
+    def hand(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Give the exchange back to the loop, which goes on with *function*.  So ends each turn that asks no target."""
+        self.server.loop.hand(self.connection.take_back, self.exchange, function, *arguments)
 
     def answer(self, value: Any) -> None:
         self.hand(self.connection.respond, 200, own_fields(), render_json(value))
@@ -4934,7 +4928,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if exchange.plan is NO_PLAN:
             exchange.headers = exchange.head.headers.end_to_end()
             try:
-                with self.parsing() if may_wait else AT_ONCE:
+                with self.server.parsers if may_wait else AT_ONCE:  # few at a time read a large or encoded body
+                    if exchange.is_gone:
+                        raise ClientGone
                     plan = place_stored if exchange.route.action == "stored" else place
                     plan(exchange, self.fleet, time.monotonic())
             except ProxyError:
@@ -4966,26 +4962,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if upstream:
                 if may_wait:
                     exchange.digest(self.fleet)
-                self.hand(self.server.attach, self.connection, exchange, target, upstream)
+                self.server.loop.hand(self.server.attach, self.connection, exchange, target, upstream)
             else:  # in the loop, where nothing may wait: the same again in a thread
                 exchange.asks_again = True
                 self.fleet.closed(target)
                 self.server.give_to_thread(self.request)
             return
+        raise ClientGone
 
     do_stored = do_forward
-
-    @contextlib.contextmanager
-    def parsing(self) -> Iterator[None]:
-        """Wait for a place among the few that read a large or encoded body; ClientGone."""
-        while not self.exchange.is_gone:
-            if self.server.parsers.acquire(timeout=GONE_CHECK_S):
-                try:
-                    yield
-                finally:
-                    self.server.parsers.release()
-                return
-        raise ClientGone
 
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
@@ -5336,8 +5321,9 @@ class Server(http.server.ThreadingHTTPServer):
                 raise RuntimeError
             self.process_request(turn, turn[1].peer)
         except RuntimeError:  # can't start new thread
+            exchange, connection = turn
             error = ProxyError("overloaded", "the system has no thread left for this request")
-            self.loop.call(turn[1].respond_error, error)
+            self.loop.call(connection.take_back, exchange, connection.refuse, error)
 
     def digest_later(self, exchange: Exchange) -> None:
         self._begun.append(exchange)
@@ -5452,8 +5438,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._shown[identity] = {**status, "started": self.started, "workers": self.workers}
             return self._shown[identity]
 
-        if connection.exchange is exchange:
-            Feed(connection, exchange, render)
+        Feed(connection, exchange, render)
 
     # -- what ThreadingHTTPServer asks -----------------------------------
 
@@ -5461,9 +5446,10 @@ class Server(http.server.ThreadingHTTPServer):
         """The loop owns the socket: the end of a handler's turn is not the end of the connection."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        exchange, connection = request
         self.log.event("error", render_defect(sys.exc_info()[1]))
         answer = ProxyError("internal_error", "internal error; the proxy's log has more")
-        self.loop.call(request[1].respond_error, answer)
+        self.loop.call(connection.take_back, exchange, connection.refuse, answer)
 
     def _end_broken(self, function: Callable[..., None], error: Exception) -> None:
         """A defect in the loop's thread: say so, and close the connection that it happened on."""

@@ -543,7 +543,7 @@ class Bench:
             self.requests.append(Request(head.method, head.target, head.authority, head.headers.fields, body))
             assert head.path + head.query == head.target or "://" in head.target
         exchange.tried += 1
-        self.loop.call(self.respond, self, exchange, connection)
+        self.loop.call(connection.take_back, exchange, self.respond, self, exchange, connection)
 
     def digest_later(self, exchange: Any) -> None:
         pass
@@ -615,7 +615,7 @@ def begin_relay(upstream_sock: BenchSocket, old_client: bool = False, has_places
         elif exchange.last_answer:
             exchange.last_answer.hand_on()
         else:
-            connection.respond_error(exchange.last_error)
+            connection.refuse(exchange.last_error)
 
     bench = Bench(respond, has_places)
     bench.receive(OLD if old_client else PI)

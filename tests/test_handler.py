@@ -405,9 +405,10 @@ class LeavingTest(unittest.TestCase):
                 self.looks += 1
                 return plexus_lite.parse_json_body(raw) if self.looks == 1 else None
 
-        state: Any = types.SimpleNamespace(credentials=types.SimpleNamespace(fields=lambda *_: ()))
+        credentials = types.SimpleNamespace(fields=lambda *_: ())
+        state: Any = types.SimpleNamespace(credentials=credentials, config=config)
         handler: Any = object.__new__(plexus_lite.Handler)
-        handler.exchange = Leaving(plexus_lite.NO_HEAD._replace(method="POST"), state, "", 0.0)
+        handler.exchange = Leaving(plexus_lite.NO_HEAD._replace(method="POST"), state, "", 0.0, plexus_lite.Bodies(1))
         handler.exchange.model, handler.exchange.body, handler.exchange.targets = "alias", raw, (target,)
         self.assertEqual(handler.outbound_request(target, True).body, b'{"model": "gpt-test"}')
 
@@ -416,7 +417,7 @@ class LeavingTest(unittest.TestCase):
         config = plexus_lite.parse_config(make_config("http://127.0.0.1:1/v1"))
         targets = plexus_lite.targets_of(config, "gpt-test", "responses")
         handler: Any = object.__new__(plexus_lite.Handler)
-        exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, unittest.mock.Mock(), "", 0.0)
+        exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, unittest.mock.Mock(), "", 0.0, plexus_lite.Bodies(1))
         exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
         exchange.plan = plexus_lite.Plan(targets, "only", "")
 
@@ -451,8 +452,9 @@ class ThreadsTest(unittest.TestCase):
                 plexus_lite.Server.give_to_thread(server, turn)
             self.assertEqual(server.process_request.call_count, 1)
             self.assertEqual(server.loop.call.called, is_refused)
-        refuse, error = server.loop.call.call_args[0]
-        self.assertEqual((refuse, error.code), (turn[1].respond_error, "overloaded"))
+        exchange, connection = turn
+        *call, error = server.loop.call.call_args[0]
+        self.assertEqual((call, error.code), ([connection.take_back, exchange, connection.refuse], "overloaded"))
 
     def test_a_body_is_encoded_whichever_field_says_so(self):
         """In the loop, 31 KB of gzip kept all other clients waiting for 4.7 s."""
@@ -464,25 +466,25 @@ class ThreadsTest(unittest.TestCase):
                 (server.give_to_thread.called, server.loop.take_turn.called), (is_handed_on, not is_handed_on)
             )
 
-    def test_few_large_bodies_are_read_at_a_time_and_who_waits_may_leave(self):
-        handler: Any = object.__new__(plexus_lite.Handler)
-        handler.exchange = types.SimpleNamespace(is_gone=False)
-        parsers = unittest.mock.Mock()
-        handler.server = types.SimpleNamespace(parsers=parsers)
-        parsers.acquire.side_effect = [False, True]
-        with handler.parsing():
-            self.assertFalse(parsers.release.called)
-        self.assertEqual((parsers.acquire.call_count, parsers.release.call_count), (2, 1))
-
-        def leave(timeout: float) -> bool:
-            self.assertLess(timeout, 1)
-            handler.exchange.is_gone = True
-            return False
-
-        parsers.acquire.side_effect = leave
-        with self.assertRaises(plexus_lite.ClientGone), handler.parsing():
-            self.fail("it has left")
-        self.assertEqual(parsers.release.call_count, 1)
+    def test_few_large_bodies_are_read_at_a_time_and_none_of_who_left_while_it_waited(self):
+        for is_gone, places in ((False, 1), (True, 0)):
+            handler: Any = object.__new__(plexus_lite.Handler)
+            bodies, state = plexus_lite.Bodies(1), unittest.mock.Mock()
+            state.config.limits.max_buffered_bytes = 100
+            exchange = handler.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, bodies)
+            exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
+            exchange.hold(10)
+            parsers = unittest.mock.MagicMock()
+            parsers.__enter__.side_effect = lambda one=exchange, left=is_gone: setattr(one, "is_gone", left)
+            handler.server, handler.fleet = unittest.mock.Mock(parsers=parsers), plexus_lite.Fleet()
+            handler.server.loop.is_this_thread.return_value = False
+            handler.server.loop.hand = lambda function, *arguments: function(*arguments)
+            handler.connection = object.__new__(plexus_lite.ClientConnection)  # of another exchange, or none
+            error = plexus_lite.ProxyError("invalid_json", "no")
+            with unittest.mock.patch.object(plexus_lite, "place", side_effect=error) as place:
+                handler.handle()
+            self.assertEqual((place.call_count, parsers.__exit__.call_count), (places, 1))
+            self.assertEqual(bodies.count(0), 0)
 
 
 class SeenTest(unittest.TestCase):
@@ -491,7 +493,8 @@ class SeenTest(unittest.TestCase):
         for count, is_remembered in ((16_000, True), (100_000, False)):
             raw = b'{"model":"m","input":[%b]}' % b",".join([b"1"] * count)
             fleet, state = plexus_lite.Fleet(), types.SimpleNamespace()
-            one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0)  # type: ignore[arg-type]
+            bodies = plexus_lite.Bodies(1)
+            one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, bodies)  # type: ignore[arg-type]
             one.session, one.json = plexus_lite.Session("s", "session-id"), plexus_lite.parse_json_body(raw)
             one.digest(fleet)
             self.assertEqual(fleet.seen.get(one.session.digest or "", 0.0) is not None, is_remembered)

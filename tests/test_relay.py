@@ -90,7 +90,7 @@ class LoopTest(unittest.TestCase):
         self.addCleanup(gc.enable)
         gc.disable()
         connection = plexus_lite.ClientConnection(app, client, "")
-        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0)
+        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, app.bodies)
         upstream = plexus_lite.UpstreamConnection(near, ("http", "up"))
         far.send(b"HTTP/1.1 429 Wait\r\nContent-Length: 0\r\n\r\n")
         plexus_lite.Answer(connection, exchange, target, upstream)._on_ready(plexus_lite.READ)
@@ -543,37 +543,28 @@ class GivesWayTest(unittest.TestCase):
 
 
 class BodiesTest(unittest.TestCase):
-    def test_a_body_counts_until_the_thread_that_has_it_lets_go(self):
+    def test_a_body_counts_until_the_thread_that_has_it_gives_it_back(self):
         """Its client has left meanwhile: that must not make room for further ones."""
         had: List[Any] = []
         bench = Bench(lambda bench, exchange, connection: had.append(exchange))
         bench.receive(build_request("POST", "/v1/responses", {"model": "gpt"}, key=None))
-        size = bench.bodies.take(0)
+        size = bench.bodies.count(0)
         self.assertGreater(size, 0)
         bench.client.close()
-        self.assertEqual((bench.bodies.take(0), len(bench.records)), (size, 1))
-        had.clear()
-        self.assertEqual(bench.bodies.take(0), 0)
+        self.assertEqual((bench.bodies.count(0), len(bench.records)), (size, 1))
+        bench.client.take_back(had[0], self.fail)
+        self.assertEqual(bench.bodies.count(0), 0)
 
     def test_who_has_no_body_is_not_refused_for_those_of_others(self):
         bench = Bench(lambda bench, exchange, connection: connection.respond(200, [], b""))
-        bench.bodies.take(2 * bench.state.config.limits.max_buffered_bytes)
+        bench.bodies.count(2 * bench.state.config.limits.max_buffered_bytes)
         bench.receive(build_request("GET", "/v1/models", key=None))
         bench.receive(build_request("POST", "/v1/responses", {}, key=None))
         self.assertEqual([record["status"] for record in bench.records], [200, 503])
 
     def test_workers_share_what_may_be_held(self):
         bodies = plexus_lite.Bodies(4)
-        self.assertEqual([bodies.take(10), bodies.take(5)], [40, 60])
-        bodies.give_back(15)
-        self.assertEqual(bodies.take(1), 4)
-
-    def test_the_collector_may_free_a_body_in_the_middle_of_a_count(self):
-        bodies = plexus_lite.Bodies(1)
-        bodies.take(7)
-        with bodies._lock:
-            bodies.give_back(7)
-        self.assertEqual(bodies.take(0), 0)
+        self.assertEqual([bodies.count(10), bodies.count(5), bodies.count(-14)], [40, 60, 4])
 
 
 class PipelineTest(unittest.TestCase):

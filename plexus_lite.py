@@ -3902,12 +3902,15 @@ class Application(Protocol):
 class Phase:
     """What a client connection is doing."""
 
+    HANDSHAKE = "handshake"  # of TLS: nothing can be said before its end
     IDLE = "idle"  # no byte of a request yet
     HEAD = "head"
     BODY = "body"
     BUSY = "busy"  # a handler has the exchange
     ANSWERING = "answering"  # an answer is awaited or relayed, or a 429 waited for
     LINGERING = "lingering"  # the last answer is out: read until the client closes
+    CUT = "cut"  # an answer broke off: without a clean end it closes once the rest is out
+    CLOSED = "closed"
 
 
 EMPTY_LINES: Final = re.compile(rb"\A(?:\r\n)+")
@@ -3926,13 +3929,10 @@ class ClientConnection:
     exchange: Optional[Exchange] = None
     answer: Union["Answer", "Feed", None] = None
     closing = False  # no further request on this connection
-    is_closed = False
-    phase = Phase.IDLE
     _pending = b""  # bytes of the request being read, or of the ones after it
     _head_bytes = b""  # of the answer, until its first bytes leave with it
     framing = "length"  # of the answer, or "chunked", or "close": it ends with the connection (HTTP/1.0)
     _advances_soon = False  # a call of _advance() waits for its round
-    _aborted = False  # close without a clean end once the rest is out
     _took_at = 0.0  # when the client last took something of unsent
 
     def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
@@ -3940,8 +3940,9 @@ class ClientConnection:
         self.unsent = bytearray()  # what the client has not taken yet
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
-        self._handshaking = isinstance(sock, ssl.SSLSocket)
-        self.loop.watch(sock, READ, self._shake_hands if self._handshaking else self._on_ready)
+        is_tls = isinstance(sock, ssl.SSLSocket)
+        self.phase = Phase.HANDSHAKE if is_tls else Phase.IDLE
+        self.loop.watch(sock, READ, self._shake_hands if is_tls else self._on_ready)
 
     @property
     def limits(self) -> Limits:
@@ -3953,12 +3954,12 @@ class ClientConnection:
     # -- requests in -----------------------------------------------------
 
     def _watch(self) -> None:
-        if self.is_closed:
+        if self.phase == Phase.CLOSED:
             return
         busy = self.phase in (Phase.BUSY, Phase.ANSWERING)
         is_full = len(self._pending) > PIPELINE_BYTES and (busy or self.phase == Phase.IDLE)
         unread = is_full or (not busy and len(self.unsent) > HIGH_WATER_BYTES)
-        events = 0 if unread or self._aborted else READ
+        events = 0 if unread or self.phase == Phase.CUT else READ
         self.loop.watch(self.sock, events | WRITE if self.unsent else events, self._on_ready)
 
     def _shake_hands(self, events: int) -> None:
@@ -3972,19 +3973,19 @@ class ClientConnection:
             if getattr(error, "reason", None) != "HTTP_REQUEST":
                 self.close()
                 return
-            self._handshaking = False
+            self.phase = Phase.IDLE
             self.loop.watch(self.sock, 0)
             self.sock = socket.socket(fileno=self.sock.detach())
             self.sock.setblocking(False)
             self.refuse(MalformedHTTP("this is plain HTTP on a TLS port; use https:// in the base URL"))
         else:
-            self._handshaking = False
+            self.phase = Phase.IDLE
             self._watch()
 
     def _on_ready(self, events: int) -> None:
         if events & WRITE:
             self._flush()
-        if events & READ and not self.is_closed:
+        if events & READ and self.phase != Phase.CLOSED:
             try:
                 data = receive(self.sock)
             except OSError:
@@ -4007,7 +4008,7 @@ class ClientConnection:
         """Read as much of a request as is there; stop once one is complete, and while the client does not read."""
         self._advances_soon = False
         try:
-            while self._pending and self.phase in READING and not self.is_closed:
+            while self._pending and self.phase in READING:
                 if len(self.unsent) > HIGH_WATER_BYTES or not self._read_some(self.limits):
                     break
         except ProxyError as error:
@@ -4094,7 +4095,7 @@ class ClientConnection:
 
     def refuse(self, error: ProxyError) -> None:
         """Answer a request that cannot be read, may not be served, or found no upstream."""
-        if self._handshaking:  # nothing can be said before its end
+        if self.phase == Phase.HANDSHAKE:
             self.close()
             return
         if self.exchange is None:
@@ -4154,7 +4155,7 @@ class ClientConnection:
         if not wire:  # only a part of a chunk's head came: 3.8 and 3.9 take it for an error to send nothing over TLS
             return
         sent = 0 if self.unsent else self._offer(wire)
-        if sent < len(wire) and not self.is_closed:
+        if sent < len(wire) and self.phase != Phase.CLOSED:
             self.keep(wire, sent)
 
     def keep(self, wire: bytes, sent: int) -> None:
@@ -4178,9 +4179,9 @@ class ClientConnection:
         """The client reads: there is room."""
         self._took_at = self.loop.now
         del self.unsent[: self._offer(self.unsent)]
-        if self.unsent or self.is_closed:
+        if self.unsent or self.phase == Phase.CLOSED:
             return
-        if self._aborted:
+        if self.phase == Phase.CUT:
             self.close()
         elif self.answer:
             self.answer.resume()
@@ -4241,7 +4242,7 @@ class ClientConnection:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._aborted = True
+        self._enter(Phase.CUT)
         if self.unsent:
             self._watch()
         else:
@@ -4249,11 +4250,10 @@ class ClientConnection:
 
     def close(self) -> None:
         """Close at once: the client has left, or has to."""
-        if self.is_closed:
+        if self.phase == Phase.CLOSED:
             return
-        self.is_closed = True
         exchange = self.exchange
-        if not (exchange or self._aborted or self.unsent):
+        if not (exchange or self.phase == Phase.CUT or self.unsent):
             say_goodbye(self.sock)
         self.loop.close(self.sock)
         self.unsent.clear()
@@ -4262,6 +4262,7 @@ class ClientConnection:
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
             self._end_exchange(None if self._is_whole(exchange) else "client_gone")
+        self.phase = Phase.CLOSED
         self.app.clients.discard(self)
 
     # -- time ------------------------------------------------------------
@@ -4298,7 +4299,7 @@ class ClientConnection:
     def can_give_way(self) -> bool:
         """Say whether nobody would miss it: the last answer is out, or it is idle; and no byte waits to be read, which
         on a new connection is its request, and with which a close becomes a reset."""
-        if self.is_busy or self._pending or self.phase not in (Phase.IDLE, Phase.LINGERING):
+        if self.is_busy or self._pending or self.phase not in (Phase.HANDSHAKE, Phase.IDLE, Phase.LINGERING):
             return False
         try:
             return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
@@ -4307,7 +4308,7 @@ class ClientConnection:
 
     def end_idle(self) -> None:
         """Draining: a connection without a request ends at once; what has just come on one is read and refused."""
-        if self.phase == Phase.IDLE and (self._handshaking or self.can_give_way()):
+        if self.phase == Phase.HANDSHAKE or (self.phase == Phase.IDLE and self.can_give_way()):
             self.close()
         elif self.phase == Phase.IDLE:
             self._on_ready(READ)
@@ -5529,7 +5530,7 @@ class Server(http.server.ThreadingHTTPServer):
                 client.refuse(ProxyError("overloaded", f"all limits.max_connections ({limit}) are in use"))
                 if len(self.clients) >= 2 * limit:  # of a flood, no more of them may linger
                     client.close()
-        if not client.is_closed:
+        if client.phase != Phase.CLOSED:
             self.clients.add(client)
 
     def _tick(self, now: float) -> None:

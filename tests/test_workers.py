@@ -133,10 +133,10 @@ class WorkersTest(unittest.TestCase):
         """Let *count* clients come to worker 0, where max_connections is 4."""
         state = types.SimpleNamespace(config=types.SimpleNamespace(limits=types.SimpleNamespace(max_connections=4)))
         server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
-        made = [unittest.mock.Mock(is_closed=False, phase=None, idle_since=number) for number in range(count)]
+        made = [unittest.mock.Mock(phase=None, idle_since=number) for number in range(count)]
         for one in made:
             one.can_give_way.return_value = can_give_way
-            one.close.side_effect = functools.partial(setattr, one, "is_closed", True)
+            one.close.side_effect = functools.partial(setattr, one, "phase", plexus_lite.Phase.CLOSED)
             with unittest.mock.patch.object(plexus_lite, "ClientConnection", return_value=one):
                 plexus_lite.Server._welcome(server, unittest.mock.Mock(), "192.0.2.1")
         return made

@@ -118,7 +118,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
-    Protocol,
     Sequence,
     Set,
     Tuple,
@@ -3879,26 +3878,6 @@ class Exchange:
             self.record["error"] = code
 
 
-class Application(Protocol):
-    """What the loop's rooms ask of those below them."""
-
-    state: State
-    fleet: Fleet
-    loop: Loop
-    clients: Set["ClientConnection"]
-    bodies: Bodies
-
-    def admit(self, exchange: Exchange) -> None: ...  # set its route and identity, or refuse it by its head
-
-    def start(self, exchange: Exchange, connection: "ClientConnection") -> None: ...  # and again for a further target
-
-    def digest_later(self, exchange: Exchange) -> None: ...  # its answer has begun: its body is no longer needed
-
-    def done(self, exchange: Exchange) -> None: ...  # it has ended: write its record
-
-    def is_draining(self) -> bool: ...  # no further request is taken on a connection
-
-
 class Phase:
     """What a client connection is doing."""
 
@@ -3935,7 +3914,7 @@ class ClientConnection:
     _advances_soon = False  # a call of _advance() waits for its round
     _took_at = 0.0  # when the client last took something of unsent
 
-    def __init__(self, app: Application, sock: socket.socket, peer: str) -> None:
+    def __init__(self, app: "Server", sock: socket.socket, peer: str) -> None:
         self.app, self.loop, self.sock, self.peer = app, app.loop, sock, peer
         self.unsent = bytearray()  # what the client has not taken yet
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
@@ -5298,9 +5277,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.server_close()
             self.state.transport.close()
 
-    # -- what the loop asks (Application) --------------------------------
+    # -- what room 10 asks -----------------------------------------------
 
     def admit(self, exchange: Exchange) -> None:
+        """Set its route and identity, or refuse it by its head."""
         if self._draining:
             raise shutting_down()
         admit(exchange)
@@ -5327,10 +5307,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call(connection.take_back, exchange, connection.refuse, error)
 
     def digest_later(self, exchange: Exchange) -> None:
+        """Its answer has begun: its body is no longer needed."""
         self._begun.append(exchange)
         self._wait_for_quiet(self._begun)
 
     def done(self, exchange: Exchange) -> None:
+        """It has ended: its record is to be written."""
         self._ended.append(exchange)
         self._wait_for_quiet(self._ended)
         if self._draining:

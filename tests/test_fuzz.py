@@ -530,8 +530,9 @@ class Bench:
         self.clients: Set[plexus_lite.ClientConnection] = set()
         self.bodies = plexus_lite.Bodies(1)
         self.sock = BenchSocket()
+        server: Any = self
         sock: Any = self.sock
-        self.client = plexus_lite.ClientConnection(self, sock, "127.0.0.1")
+        self.client = plexus_lite.ClientConnection(server, sock, "127.0.0.1")
 
     def admit(self, exchange: Any) -> None:
         exchange.route = plexus_lite.Route("/responses", "/responses", "forward")

@@ -3799,7 +3799,6 @@ class Exchange:
     reader: BodyReader = NO_BODY
     size = 0  # of what has come of the body
     held = 0  # bytes of it that are counted
-    has_copy = False  # with another model's name, which is counted as well
     body = b""  # once all of it is here
     refusal: Optional[ProxyError] = None  # to be answered once the body has been read
     is_gone = False  # the client has left
@@ -3815,6 +3814,7 @@ class Exchange:
     json: Optional[JsonBody] = None  # until digests have been taken, and for targets with another model name
     prefix = b""  # these digests
     targets: Tuple[Target, ...] = ()  # all that could serve it
+    is_renamed = False  # some of them under another model's name: it is copied for them
     plan = NO_PLAN
     place: Optional[Place] = None  # what it was placed by, if there was a choice
     turn_owner: Optional[str] = None  # the place that minted the turn state
@@ -3863,7 +3863,7 @@ class Exchange:
             self.prefix, seen = digest_body(body)
             if len(body.raw) >= SEEN_BYTES and len(seen.digests) <= SEEN_DIGESTS_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
-        if self.record["ttfb_ms"] is None and any(target.model != self.model for target in self.targets):
+        if self.is_renamed and self.record["ttfb_ms"] is None:
             self.json = body._replace(members={}, lists={})
 
     def turn_to(self, target: Target) -> None:
@@ -4744,6 +4744,9 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     if not targets:
         is_known = model in model_list(state.config)
         raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
+    if body and any(target.model != model for target in targets):
+        exchange.is_renamed = True
+        exchange.hold(len(body.raw))
     plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only", targets[0].id)
     if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
         plan = plan._replace(reason="direct")
@@ -4997,9 +5000,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = exchange.body if head.method == "POST" else None
         if parsed and is_edited:
             body = replace_model(parsed, target.model)
-            if not exchange.has_copy:
-                exchange.has_copy = True
-                exchange.hold(len(body))
         return OutboundRequest(
             target,
             exchange.route.path + head.query,

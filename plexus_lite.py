@@ -3828,7 +3828,6 @@ class Exchange:
     waits_since: Optional[float] = None  # for 429s to pass (monotonic)
     last_answer: Optional["Answer"] = None  # an error, read to its end and not sent: another is asked first
     last_error: ProxyError = UpstreamError("no target is enabled")
-    left: Tuple[str, ...] = ()  # the providers that a further target stood in for
     usage: Optional[UsageReader] = None  # of the answer that is relayed
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Bodies) -> None:
@@ -4962,8 +4961,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not exchange.asks_again:
             if exchange.tried == len(targets):
                 return None
-            if exchange.tried and target:
-                exchange.left += (target.provider.name,)
             target = targets[exchange.tried]
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()
@@ -5341,8 +5338,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
         self.tally.add(exchange.record, time.time())
-        for provider in exchange.left:
-            self.tally.count("plexus_failovers_total", (provider,))
+        for target in exchange.plan.targets[: max(exchange.tried - 1, 0)]:  # the next one stood in for it
+            self.tally.count("plexus_failovers_total", (target.provider.name,))
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""

@@ -196,7 +196,7 @@ MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the le
 COOLDOWN_FIRST_S: Final = 2.0
 COOLDOWN_MAX_S: Final = 300.0
 FEED_S: Final = 1.0  # between two events of the status page
-FEED_COMMENT_S: Final = 15.0  # so that whatever stands between does not take it for dead
+FEED_REPEAT_S: Final = 15.0  # and a repetition, so that whatever stands between does not take it for dead
 TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the stream itself may last
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
@@ -4658,7 +4658,8 @@ class Answer:
 
 
 class Feed:
-    """The status page's event stream: what render() returns, at once and then each second if it has changed."""
+    """The status page's event stream: what render() returns, at once, then each second if it has changed, and now and
+    then even if not."""
 
     _last: Mapping[str, Any] = {}
     _next = _said_at = 0.0
@@ -4681,20 +4682,12 @@ class Feed:
         elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts
             self._next = now + FEED_S
             status = self._render()
-            if status != self._last:
-                event = b"event: status\ndata: " + render_json({**status, "now": time.time()}) + b"\n"
-            elif now - self._said_at > FEED_COMMENT_S:
-                event = b": nothing new\n\n"
-            else:
-                return
-            connection.send_payload(event)
-            self._last, self._said_at = status, now
+            if status != self._last or now - self._said_at > FEED_REPEAT_S:
+                self._last, self._said_at = status, now
+                data = render_json({**status, "now": time.time()})
+                connection.send_payload(b"event: status\ndata: " + data + b"\n")
 
-    def resume(self) -> None:
-        """What was kept for the page has been read: the next tick goes on."""
-
-    def detach(self) -> None:
-        """The page has gone: nothing else is held."""
+    resume = detach = do_nothing  # a page that has read what was kept waits for the next tick; nothing else is held
 
 
 # ---------------------------------------------------------------------------

@@ -3856,7 +3856,7 @@ class Exchange:
     def digest(self, fleet: Fleet) -> None:
         """Take digests of the JSON body, and forget it unless another target needs it under another model's name."""
         body, self.json = self.json, None
-        if body is None:
+        if body is None or self.plan is NO_PLAN:  # nothing to learn from, or refused
             return
         if self.session.value is not None and not self.prefix:
             self.prefix, seen = digest_body(body)
@@ -4908,9 +4908,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         raise ClientGone
                     plan = place_stored if exchange.route.action == "stored" else place
                     plan(exchange, self.fleet, time.monotonic())
-            except ProxyError:
-                exchange.json = None  # the loop would take digests of it
-                raise
             finally:  # of a request that is refused, too, the record has what is known
                 exchange.record.update(
                     session=exchange.session.digest,
@@ -4923,24 +4920,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if target is None:
                 self.give_up()
                 return
+            upstream = None
             try:
                 request = self.outbound_request(target, may_wait)
                 upstream = request and exchange.state.transport.send(request)
             except UpstreamError as error:
-                self.fleet.closed(target)
                 self.fleet.failed(target, time.monotonic())
                 exchange.last_error = error.alone()
                 continue
-            except BaseException:
-                self.fleet.closed(target)
-                raise
+            finally:
+                if not upstream:
+                    self.fleet.closed(target)
             if upstream:
                 if may_wait:
                     exchange.digest(self.fleet)
                 self.server.loop.hand(self.server.attach, self.connection, exchange, target, upstream)
             else:  # in the loop, where nothing may wait: the same again in a thread
                 exchange.asks_again = True
-                self.fleet.closed(target)
                 self.server.give_to_thread(self.request)
             return
         raise ClientGone
@@ -4950,16 +4946,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def next_target(self) -> Optional[Target]:
         """Return the target to ask now, None if all of the plan have been; its load is counted from here on."""
         exchange, targets = self.exchange, self.exchange.plan.targets
-        target = exchange.target
         if not exchange.asks_again:
             if exchange.tried == len(targets):
                 return None
-            target = targets[exchange.tried]
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()
             exchange.record["attempts"] += 1
-        assert target is not None
         exchange.asks_again = False
+        target = targets[exchange.tried - 1]
         exchange.turn_to(target)
         self.fleet.opened(target)
         return target

@@ -4338,7 +4338,9 @@ class Answer:
         """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
         if self.upstream:
             events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else READ
-            callback = self._relay_direct if self._is_between() else self._on_ready
+            is_between_events = self._is_direct and self._tail[-2:] == b"\n\n" and not self._ids
+            is_between = is_between_events and self._body.is_between_chunks()
+            callback = self._relay_direct if is_between else self._on_ready
             self.loop.watch(self.upstream.sock, events | WRITE if self.upstream.unsent else events, callback)
 
     def _on_ready(self, events: int) -> None:
@@ -4358,11 +4360,6 @@ class Answer:
         else:
             if data is not None:
                 self._arrived(data)
-
-    def _is_between(self) -> bool:
-        """Say whether the stream is at a point from which _relay_direct() can go on: between chunks and events."""
-        is_between_events = self._is_direct and self._tail[-2:] == b"\n\n"
-        return is_between_events and not self._ids and self._body.is_between_chunks()
 
     def _relay_direct(self, events: int) -> None:
         """Pass on chunks of whole events that tell nothing, as they came; leave all else to _on_ready().
@@ -4449,7 +4446,7 @@ class Answer:
             self._held = bytearray()
             self._deadline = self.loop.now + HELD_ANSWER_S
         else:
-            self._commit(self._body.length if isinstance(self._body, LengthBody) else None)
+            self._commit()
         rest, self._start = self._start, b""
         self._take(self._body.feed(rest))
         if head.status < 400:
@@ -4579,8 +4576,7 @@ class Answer:
         assert self._held is not None
         self.exchange.turn_to(self.target)  # one that was asked later gave no answer
         payload, self._held = mask(bytes(self._held), self._secrets()), None
-        length = self._body.length if isinstance(self._body, LengthBody) else None
-        self._commit(len(payload) if self._body.done else length)
+        self._commit()
         self._take(payload)
 
     def _secrets(self) -> Tuple[bytes, ...]:
@@ -4591,9 +4587,10 @@ class Answer:
         password = proxy.credentials.partition(b":")[2] if proxy else b""
         return tuple(value for value in (*values, password) if len(value) >= 4)
 
-    def _commit(self, length: Optional[int]) -> None:
+    def _commit(self) -> None:
         """The answer goes to the client: from here on there is no other target."""
         connection, exchange, head = self.connection, self.exchange, self.head
+        length = self._body.length if isinstance(self._body, LengthBody) else None
         self._deadline = math.inf
         exchange.let_go()
         exchange.body = b""
@@ -4831,8 +4828,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange, self.connection = self.request
         self.fleet = self.server.fleet
 
-    def finish(self) -> None:
-        pass
+    finish = do_nothing  # of a writer that is not used
 
     def handle(self) -> None:
         try:

@@ -4274,12 +4274,12 @@ class ClientConnection:
 
     def end_idle(self) -> None:
         """Draining: a connection without a request ends at once; what has just come on one is read and refused."""
-        if self.phase == Phase.HANDSHAKE or (self.phase == Phase.IDLE and self.can_give_way()):
-            self.close()
-        elif self.phase == Phase.IDLE:
+        if self.phase == Phase.IDLE:
             self._on_ready(READ)
         if self.phase == Phase.HEAD:
             self.refuse(shutting_down())
+        elif self.phase in (Phase.HANDSHAKE, Phase.IDLE) and not self.unsent and not self._pending:
+            self.close()
 
     def cut(self) -> None:
         """The program ends: answer what has no answer yet, break off what has, close."""
@@ -4520,7 +4520,7 @@ class Answer:
         has_begun = self._start or self._interim_bytes
         if not is_awaited and self._held is None:
             self.connection.abort("upstream_closed")
-        elif is_awaited and upstream and upstream.reused and not has_begun and not self.exchange.was_stale:
+        elif is_awaited and upstream and upstream.reused and not has_begun:
             # It was closed while idle, before this request reached it (RFC 9112 9.3.1): once more, on a fresh one.
             self.exchange.asks_again = self.exchange.was_stale = True
             self._next_turn()
@@ -4629,8 +4629,7 @@ class Answer:
         elif now > self._deadline:
             if self.upstream and self.upstream.connecting:  # what its name means by now may answer
                 self.exchange.state.transport.forget_address(self.upstream)
-            what = "no answer" if self._timeout == "first_byte_timeout_s" else "no connection"
-            what = f"gave {what} within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
+            what = f"gave no answer within {self._timeout} ({provider.timeout_s(self._timeout, limits):g})"
             self._failed(self._error(what, "upstream_timeout"))
         elif self._deadline < math.inf or connection.unsent:
             return
@@ -4975,7 +4974,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields,
             body,
             is_gone=lambda: exchange.is_gone,
-            fresh=exchange.was_stale or bool(exchange.refused),
+            fresh=exchange.was_stale,
             may_wait=may_wait,
         )
 

@@ -3834,7 +3834,6 @@ class Exchange:
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
-        self.record["method"] = head.method[:32] or None
         self.started = now  # monotonic
         self.begun = io.BytesIO()  # the body, until all of it is here
 
@@ -3863,16 +3862,23 @@ class Exchange:
         if self.is_renamed and self.record["ttfb_ms"] is None:
             self.json = body._replace(members={}, lists={})
 
-    def turn_to(self, target: Target) -> None:
-        """From here on *target* answers for it."""
-        self.target = target
-        name = target.model[:MAX_NAME_CHARS] or None
-        self.record.update(provider=target.provider.name, target=target.base_url, upstream_model=name)
-
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
         if self.record["error"] is None:
             self.record["error"] = code
+
+    def complete_record(self) -> None:
+        """It has ended: record what is known of it by now, and not yet recorded."""
+        record, target = self.record, self.target
+        record["key"], record["label"] = self.identity.name, self.identity.label
+        record["method"], record["route"] = self.head.method[:32] or None, self.route.name or None
+        record["model"], record["placement"] = self.model and self.model[:MAX_NAME_CHARS], self.plan.reason or None
+        record["session"], record["session_source"] = self.session.digest, self.session.source
+        record["bytes_in"], record["bytes_out"] = self.size, self.bytes_out
+        record["duration_ms"] = round((time.monotonic() - self.started) * 1000, 3)
+        if target:
+            record["provider"], record["target"] = target.provider.name, target.base_url
+            record["upstream_model"] = target.model[:MAX_NAME_CHARS] or None
 
 
 class Phase:
@@ -4185,8 +4191,7 @@ class ClientConnection:
             exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
             if self.phase != Phase.BUSY or not exchange.is_gone:  # else a thread may have it, and its body
                 exchange.let_go()
-            exchange.record["bytes_in"], exchange.record["bytes_out"] = exchange.size, exchange.bytes_out
-            exchange.record["duration_ms"] = round((time.monotonic() - exchange.started) * 1000, 3)
+            exchange.complete_record()
             self.app.done(exchange)
 
     def _shut(self) -> None:
@@ -4574,7 +4579,7 @@ class Answer:
     def hand_on(self) -> None:
         """Relay the error answer that was held back, as it is but for our credentials in it."""
         assert self._held is not None
-        self.exchange.turn_to(self.target)  # one that was asked later gave no answer
+        self.exchange.target = self.target  # one that was asked later gave no answer
         payload, self._held = mask(bytes(self._held), self._secrets()), None
         self._commit()
         self._take(payload)
@@ -4685,7 +4690,6 @@ def admit(exchange: Exchange) -> None:
     """Set the route and identity of *exchange* from its head; ProxyError refuses it before its body is read."""
     head, config = exchange.head, exchange.state.config
     route = exchange.route = route_of(head)
-    exchange.record["route"] = route.name
     if route.action == "websocket":
         # Before the key: Codex and pi turn to SSE at once on 426, and wait for seconds on anything else.
         message = "WebSockets are not spoken here; use POST"
@@ -4697,7 +4701,6 @@ def admit(exchange: Exchange) -> None:
             exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, keys, time.time())
         else:
             exchange.identity = find_key(head.headers, keys)
-        exchange.record.update(key=exchange.identity.name, label=exchange.identity.label)
     if route.action == "forward" and not head.headers.all("content-length") + head.headers.all("transfer-encoding"):
         raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
 
@@ -4885,19 +4888,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         may_wait = not self.server.loop.is_this_thread()
         if exchange.plan is NO_PLAN:
             exchange.headers = exchange.head.headers.end_to_end()
-            try:
-                with self.server.parsers if may_wait else AT_ONCE:  # few at a time read a large or encoded body
-                    if exchange.is_gone:
-                        raise ClientGone
-                    plan = place_stored if exchange.route.action == "stored" else place
-                    plan(exchange, self.fleet, time.monotonic())
-            finally:  # of a request that is refused, too, the record has what is known
-                exchange.record.update(
-                    session=exchange.session.digest,
-                    session_source=exchange.session.source,
-                    model=exchange.model and exchange.model[:MAX_NAME_CHARS],
-                    placement=exchange.plan.reason or None,
-                )
+            with self.server.parsers if may_wait else AT_ONCE:  # few at a time read a large or encoded body
+                if exchange.is_gone:
+                    raise ClientGone
+                plan = place_stored if exchange.route.action == "stored" else place
+                plan(exchange, self.fleet, time.monotonic())
         while not exchange.is_gone:
             target = self.next_target()
             if target is None:
@@ -4937,7 +4932,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.record["attempts"] += 1
         exchange.asks_again = False
         target = targets[exchange.tried - 1]
-        exchange.turn_to(target)
+        exchange.target = target
         self.fleet.opened(target)
         return target
 

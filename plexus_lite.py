@@ -3830,7 +3830,7 @@ class Exchange:
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Bodies) -> None:
         self.head, self.bodies = head, bodies
-        self.headers = head.headers  # then the end-to-end ones
+        self.headers = head.headers.end_to_end()
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
@@ -3868,7 +3868,7 @@ class Exchange:
             self.record["error"] = code
 
     def complete_record(self) -> None:
-        """It has ended: record what is known of it by now, and not yet recorded."""
+        """Record what is known of it at its end; what happened on the way has been recorded then."""
         record, target = self.record, self.target
         record["key"], record["label"] = self.identity.name, self.identity.label
         record["method"], record["route"] = self.head.method[:32] or None, self.route.name or None
@@ -4887,7 +4887,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         exchange = self.exchange
         may_wait = not self.server.loop.is_this_thread()
         if exchange.plan is NO_PLAN:
-            exchange.headers = exchange.head.headers.end_to_end()
             with self.server.parsers if may_wait else AT_ONCE:  # few at a time read a large or encoded body
                 if exchange.is_gone:
                     raise ClientGone

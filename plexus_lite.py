@@ -3930,7 +3930,7 @@ class ClientConnection:
     def limits(self) -> Limits:
         return self.app.state.config.limits  # those of today: a reload is for open connections, too
 
-    def _enter(self, phase: str, seconds: float = math.inf) -> None:
+    def enter(self, phase: str, seconds: float = math.inf) -> None:
         self.phase, self.deadline = phase, self.loop.now + seconds
 
     # -- requests in -----------------------------------------------------
@@ -4010,7 +4010,7 @@ class ClientConnection:
                 self._pending = EMPTY_LINES.sub(b"", self._pending, 1)  # RFC 9112 2.2: ignored before a request
                 if self._pending in (b"", b"\r"):
                     return False
-            self._enter(Phase.HEAD, limits.header_timeout_s)
+            self.enter(Phase.HEAD, limits.header_timeout_s)
         if self.phase == Phase.HEAD:
             end = find_head_end(self._pending, limits.max_header_bytes)
             if end < 0:
@@ -4024,7 +4024,7 @@ class ClientConnection:
         length = body_length(head)
         exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now, self.app.bodies)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
-        self._enter(Phase.BODY, limits.body_timeout_s)
+        self.enter(Phase.BODY, limits.body_timeout_s)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
         expectation = head.headers.tokens("expect")
         if expectation not in ([], ["100-continue"]):
@@ -4054,7 +4054,7 @@ class ClientConnection:
         return not exchange.reader.done
 
     def go_on(self, exchange: Exchange) -> None:
-        self._enter(Phase.BUSY)
+        self.enter(Phase.BUSY)
         self.app.start(exchange, self)
 
     def take_back(self, exchange: Exchange, function: Callable[..., None], *arguments: Any) -> None:
@@ -4171,11 +4171,11 @@ class ClientConnection:
         self._end_exchange()
         self.idle_since = time.monotonic()
         if self.closing or self.app.is_draining():
-            self._enter(Phase.LINGERING)
+            self.enter(Phase.LINGERING)
             if not self.unsent:
                 self._shut()
         else:
-            self._enter(Phase.IDLE, self.limits.client_idle_s)
+            self.enter(Phase.IDLE, self.limits.client_idle_s)
             self._advance_soon()
         self._watch()
 
@@ -4213,7 +4213,7 @@ class ClientConnection:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0) if os.name != "nt" else struct.pack("hh", 1, 0)
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._enter(Phase.CUT)
+        self.enter(Phase.CUT)
         if self.unsent:
             self._watch()
         else:
@@ -4238,10 +4238,6 @@ class ClientConnection:
 
     # -- time ------------------------------------------------------------
 
-    def await_turn(self, seconds: float) -> None:
-        """Ask the targets again after *seconds*: a 429 said so."""
-        self._enter(Phase.ANSWERING, seconds)
-
     def tick(self, now: float) -> None:
         if self.unsent and now > self._took_at + self.limits.stall_timeout_s:
             if self.exchange:
@@ -4257,7 +4253,7 @@ class ClientConnection:
             name = READING[self.phase]
             limit = f"limits.{name} ({getattr(self.limits, name):g})"
             self.refuse(ProxyError("request_timeout", f"no complete {self.phase} within {limit}"))
-        elif self.phase == Phase.ANSWERING and self.exchange:
+        elif self.phase == Phase.ANSWERING and self.exchange:  # the wait for a 429 to pass is over
             self.go_on(self.exchange)
         else:
             self.close()
@@ -4984,7 +4980,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pause = retry_after_of(held.head.headers, time.time()) or min(1.0, limit)  # 0 and a past date say no time
             if limit and now + pause <= exchange.waits_since + limit:
                 exchange.tried = 0
-                self.hand(self.connection.await_turn, pause)
+                self.hand(self.connection.enter, Phase.ANSWERING, pause)  # then the next turn begins
                 return
         self.hand(held.hand_on)
 

@@ -95,7 +95,7 @@ class LoopTest(unittest.TestCase):
         far.send(b"HTTP/1.1 429 Wait\r\nContent-Length: 0\r\n\r\n")
         plexus_lite.Answer(connection, exchange, target, upstream)._on_ready(plexus_lite.READ)
         self.assertIsNotNone(exchange.last_answer)
-        connection.await_turn(20)
+        connection.enter(plexus_lite.Phase.ANSWERING, 20)
         connection.close()
         left = weakref.ref(exchange)
         del exchange

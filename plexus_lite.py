@@ -169,6 +169,7 @@ PIPELINE_BYTES: Final = 64 * KIB  # bytes of further requests kept while one is 
 REQUEST_LINE_BYTES: Final = 16 * KIB  # RFC 9112 3 asks for at least 8000
 CHUNK_LINE_BYTES: Final = 4 * KIB  # chunk size with extensions; real ones have under 20
 LARGE_BODY_BYTES: Final = 8 * MIB  # what it took to collect it is given back to the system at once
+SMALL_BODY_BYTES: Final = 256 * KIB  # a refused request's body up to this is read, so that the connection stays in step
 HELD_ANSWER_BYTES: Final = 64 * KIB  # an error answer up to this is held back: to fail over, to mask our key
 MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what follows: 50,000 empty ones take minutes
 ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, what RFC 9659 allows a zstd body; its header alone could claim gigabytes
@@ -3799,6 +3800,7 @@ class Exchange:
     size = 0  # of what has come of the body
     held = 0  # bytes of it that are counted
     body = b""  # once all of it is here
+    refusal: Optional[ProxyError] = None  # to be answered once the body has been read
     is_gone = False  # the client has left
     bytes_out = 0
     # What admit() finds.
@@ -4027,11 +4029,16 @@ class ClientConnection:
         self.enter(Phase.BODY, limits.body_timeout_s)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
         expectation = head.headers.tokens("expect")
-        if expectation not in ([], ["100-continue"]):
-            raise ProxyError("expectation_failed", "the only expectation met here is 100-continue")
-        self.app.admit(exchange)
-        if length and length > limits.max_body_bytes:
-            raise too_large("body", limits.max_body_bytes)
+        try:
+            if expectation not in ([], ["100-continue"]):
+                raise ProxyError("expectation_failed", "the only expectation met here is 100-continue")
+            self.app.admit(exchange)
+            if length and length > limits.max_body_bytes:
+                raise too_large("body", limits.max_body_bytes)
+        except ProxyError as error:
+            if error.closes or expectation or (length or 0) > SMALL_BODY_BYTES:
+                raise
+            exchange.refusal = error  # its body is on the way: read it, or it would be taken for the next request
         if expectation and head.version and not self._pending and not exchange.reader.done:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -4040,6 +4047,10 @@ class ClientConnection:
         payload = exchange.reader.feed(self._pending)
         self._pending = exchange.reader.rest
         exchange.size += len(payload)
+        if exchange.refusal:
+            if exchange.reader.done or exchange.size > SMALL_BODY_BYTES:
+                raise exchange.refusal
+            return True
         if exchange.size > len(payload) or not exchange.reader.done:  # it has not come in one piece
             exchange.begun.write(payload)
         if exchange.size > limits.max_body_bytes:
@@ -4074,7 +4085,7 @@ class ClientConnection:
         if self.exchange is None:
             self.exchange = Exchange(NO_HEAD, self.app.state, self.peer, self.loop.now, self.app.bodies)
         if error.closes or not self.exchange.reader.done:
-            self.closing = True  # the bytes that follow, its body, say, cannot be told from a request
+            self.closing = True  # the bytes that follow cannot be told from a request
             self._pending = b""
         self.exchange.fail(error.code)
         fields, body = render_error(error)
@@ -4188,6 +4199,7 @@ class ClientConnection:
         if exchange:
             if error:
                 exchange.fail(error)
+            exchange.refusal = None  # its traceback leads back here
             exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
             if self.phase != Phase.BUSY or not exchange.is_gone:  # else a thread may have it, and its body
                 exchange.let_go()

@@ -297,12 +297,10 @@ class InOrderTest(HostileTest):
 
     def test_pipelined_requests_of_every_kind_stay_in_step(self):
         client = self.connect()
-        client.send(ASK + build_request("GET", "/health") + build_request("GET", "/nope") +
-                    build_request("HEAD", "/health") + build_request("POST", "/v1/responses", b"{") + ASK +
-                    build_request("POST", "/nope", ASK))  # fmt: skip
-        methods = ("POST", "GET", "GET", "HEAD", "POST", "POST", "POST")
-        self.assertEqual([client.read_answer(method).status for method in methods], [200, 200, 404, 200, 400, 200, 404])
-        self.assertTrue(client.at_eof())  # the last one's body is not taken for a request
+        client.send(ASK + build_request("GET", "/health") + build_request("POST", "/nope", b"xx") +
+                    build_request("HEAD", "/health") + build_request("POST", "/v1/responses", b"{") + ASK)  # fmt: skip
+        statuses = [client.read_answer(method).status for method in ("POST", "GET", "POST", "HEAD", "POST", "POST")]
+        self.assertEqual(statuses, [200, 200, 404, 200, 400, 200])
 
     def test_next_request_waits_until_the_answer_before_it_is_out(self):
         gate = self.event()

@@ -325,22 +325,16 @@ REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is n
 
 
 class Setting(NamedTuple):
-    """A key of the file; its name is that of the member that it is assigned to."""
+    """A key of the file; its name is that of the member that it stands for."""
 
-    default: Any
     read: Read[Any]
+    default: Any
     text: str  # for the reference
-    is_secret: bool  # kept out of every repr, and so out of every traceback
 
 
-class Check(Generic[T]):
-    """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
-
-    def __init__(self, read: Read[T]) -> None:
-        self.read = read
-
-    def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
-        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Settings put one in its place
+def setting(read: Read[T], default: D, text: str) -> Union[T, D]:
+    """Declare a key of the file: *read* checks what stands there."""
+    return Setting(read, default, text)  # type: ignore[return-value]  # Settings puts one of these in its place
 
 
 def join_path(path: str, name: str) -> str:
@@ -355,7 +349,7 @@ def describe(value: object) -> str:
     return one_line(json.dumps(value, ensure_ascii=False))  # an answer that it stands in escapes it once more
 
 
-def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Read[Any]:
     """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
     def read(value: Any, path: str) -> Any:
@@ -364,63 +358,61 @@ def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Che
             raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
-    return Check(read)
+    return read
 
 
-def a_number(kind: Type[T], minimum: float, maximum: float) -> Check[T]:
+def a_number(kind: Type[T], minimum: float, maximum: float) -> Read[T]:
     """Return a check for a number from *minimum* to *maximum*, whole if *kind* is int; true and false are none."""
     wanted = f"a{' whole' if kind is int else ''} number from {minimum:g} to {maximum:g}"
     return expect(wanted, lambda value: type(value) in (int, kind) and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check[str]:
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Read[str]:
     return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
-def one_of(*allowed: str) -> Check[str]:
+def one_of(*allowed: str) -> Read[str]:
     return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(item: Check[T], wanted: str, least: int = 0) -> Check[Tuple[T, ...]]:
+def a_list(item: Read[T], wanted: str = "a list", least: int = 0) -> Read[Tuple[T, ...]]:
     whole = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
-    return Check(
-        lambda value, path: tuple(item.read(one, f"{path}[{at}]") for at, one in enumerate(whole.read(value, path)))
-    )
+    return lambda value, path: tuple(item(one, f"{path}[{at}]") for at, one in enumerate(whole(value, path)))
 
 
-def an_object(wanted: str = "an object") -> Check[Dict[str, Any]]:
+def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
     """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
     return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
-def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
+def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
     """Return a check for an object that has what *item* checks under names of the user's choice."""
 
     def read(value: Any, path: str) -> Mapping[str, T]:
-        if "" in an_object(wanted).read(value, path):
+        if "" in an_object(wanted)(value, path):
             raise ConfigError(path, "a name must not be empty")
-        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
+        return {name: item(one, f"{path}.{name}") for name, one in value.items()}
 
-    return Check(read)
+    return read
 
 
 def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
     """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
-    for name in an_object().read(value, path):
+    for name in an_object()(value, path):
         if name not in reads:
             raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
     return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
 
 
-a_string: Final[Check[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
-a_flag: Final[Check[bool]] = expect("true or false", lambda value: isinstance(value, bool))
+a_string: Final[Read[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
+a_flag: Final[Read[bool]] = expect("true or false", lambda value: isinstance(value, bool))
 a_time: Final = a_number(float, 0.001, 86400)
 a_time_or_0: Final = a_number(float, 0, 86400)
 a_size: Final = a_number(int, 1024, 2**40)
 a_price: Final = a_number(float, 0, 10**6)
 model_names: Final = a_list(a_string, "a list of model names")
 an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
-a_worker_count: Final[Check[Union[int, str]]] = expect(
+a_worker_count: Final[Read[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
@@ -434,28 +426,25 @@ a_field_value: Final = a_text(
 a_token: Final = a_text(TOKEN, "a header field name")
 
 
-@Check
 def a_field_name(value: Any, path: str) -> str:
-    if a_token.read(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+    if a_token(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
 
-@Check
 def an_affinity_header(value: Any, path: str) -> str:
-    if a_field_name.read(value, path).lower() in CREDENTIALS | REBUILT:
+    if a_field_name(value, path).lower() in CREDENTIALS | REBUILT:
         raise ConfigError(path, f"{value} has a value of its own, so the session value cannot stand in it")
     return str(value)
 
 
-@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
     seen: Set[str] = set()
-    for name in an_object("an object of header names and values").read(value, path):
-        if a_field_name.read(name, f"{path}.{name}").lower() in seen:
+    for name in an_object("an object of header names and values")(value, path):
+        if a_field_name(name, f"{path}.{name}").lower() in seen:
             raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
         seen.add(name.lower())
-    return tuple(a_map(a_field_value).read(value, path).items())
+    return tuple(a_map(a_field_value)(value, path).items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
@@ -476,7 +465,6 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     raise problem
 
 
-@Check
 def a_base_url(value: Any, path: str) -> str:
     """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
     wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
@@ -486,21 +474,19 @@ def a_base_url(value: Any, path: str) -> str:
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-@Check
 def a_replica(value: Any, path: str) -> str:
-    return str(value) if value in ("demo://", "oauth://") else a_base_url.read(value, path)
+    return str(value) if value in ("demo://", "oauth://") else a_base_url(value, path)
 
 
 def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
-        return (a_replica.read(value, path),)
-    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1).read(value, path)
+        return (a_replica(value, path),)
+    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1)(value, path)
     if len(set(urls)) < len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
 
 
-@Check
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
@@ -513,13 +499,14 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     return found
 
 
-@Check
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        return dict.fromkeys(model_names.read(value, path), APIS)
-    entry = Check(lambda value, path: read_object(value, path, {"access_via": an_api_list.read}))
-    entries = a_map(entry, "a list of model names, or an object").read(value, path)
+        return dict.fromkeys(model_names(value, path), APIS)
+    access = {"access_via": an_api_list}
+    entries = a_map(lambda value, path: read_object(value, path, access), "a list of model names, or an object")(
+        value, path
+    )
     return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
 
 
@@ -545,7 +532,6 @@ def join_authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-@Check
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
     """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
     if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
@@ -567,9 +553,10 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
 
 
 class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
-    """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
+    """What an object of the file says: its keys are the members that a subclass declares with setting().
 
-    It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
+    It never changes, and has no repr of its own: no traceback shows a credential.  Not a dataclass: the import of
+    those takes longer than all else that is done here.
     """
 
     rows: ClassVar[Mapping[str, Setting]]
@@ -590,10 +577,6 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and vars(self) == vars(other)
 
-    def __repr__(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
     def _replace(self: S, **changes: Any) -> S:
         """Return a copy with *changes*, as that of a NamedTuple does."""
         return type(self)(**{**vars(self), **changes})
@@ -609,66 +592,64 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
 
 
 class Limits(Settings):
-    max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
-    max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
-    max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
-    max_connections = a_number(int, 1, 10**6)(1024, "client connections at one time")
-    header_timeout_s = a_time(15, "for the whole head of a request")
-    body_timeout_s = a_time(60, "for the whole body of a request")
-    connect_timeout_s = a_time(10, "to reach an upstream, TLS included")
-    first_byte_timeout_s = a_time(600, "until an upstream's answer begins")
-    idle_timeout_s = a_time(300, "an upstream silent in the middle of an answer")
-    stall_timeout_s = a_time(300, "a client that does not read its answer")
-    client_idle_s = a_time(75, "a client's connection without a request")
-    pool_idle_s = a_time(60, "an upstream connection without a request; at most 128 idle per target")
-    drain_s = a_time_or_0(30, "running answers may take this long after SIGTERM")
-    keepalive_s = a_time_or_0(15, "comment after this silence in an event stream; 0 = none")
-    pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
+    max_body_bytes = setting(a_size, 100 * MIB, "largest request body, also after decoding")
+    max_buffered_bytes = setting(a_size, 1024 * MIB, "request bodies held at one time, all clients together")
+    max_header_bytes = setting(a_size, 64 * KIB, "largest head of a request, and of an upstream's answer")
+    max_connections = setting(a_number(int, 1, 10**6), 1024, "client connections at one time")
+    header_timeout_s = setting(a_time, 15, "for the whole head of a request")
+    body_timeout_s = setting(a_time, 60, "for the whole body of a request")
+    connect_timeout_s = setting(a_time, 10, "to reach an upstream, TLS included")
+    first_byte_timeout_s = setting(a_time, 600, "until an upstream's answer begins")
+    idle_timeout_s = setting(a_time, 300, "an upstream silent in the middle of an answer")
+    stall_timeout_s = setting(a_time, 300, "a client that does not read its answer")
+    client_idle_s = setting(a_time, 75, "a client's connection without a request")
+    pool_idle_s = setting(a_time, 60, "an upstream connection without a request; at most 128 idle per target")
+    drain_s = setting(a_time_or_0, 30, "running answers may take this long after SIGTERM")
+    keepalive_s = setting(a_time_or_0, 15, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s = setting(a_time, 1800, "a session moved by a failover returns after this much idle time")
 
 
 class Key(Settings):
-    secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
-    models = model_names(None, "the only models it may use; absent = all")
-    admin = a_flag(False, "the status page shows it the sessions of all keys")
+    secret = setting(a_secret, REQUIRED, "what the client sends, or file:PATH")
+    models = setting(model_names, None, "the only models it may use; absent = all")
+    admin = setting(a_flag, False, "the status page shows it the sessions of all keys")
 
 
 class Price(Settings):
-    input = a_price(REQUIRED, "per million input tokens that were not cached")
-    cached = a_price(REQUIRED, "per million cached input tokens")
-    output = a_price(0, "per million output tokens")
+    input = setting(a_price, REQUIRED, "per million input tokens that were not cached")
+    cached = setting(a_price, REQUIRED, "per million cached input tokens")
+    output = setting(a_price, 0, "per million output tokens")
 
 
 class Provider(Settings):
-    api_base_url = base_urls(
-        REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
+    api_base_url = setting(
+        base_urls,
+        REQUIRED,
+        'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below',
     )
-    models = provider_models(
-        REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
+    models = setting(
+        provider_models, REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
     )
-    api_key = a_secret(None, "sent as Authorization: Bearer; or file:PATH", True)
-    auth = one_of("key", "passthrough")("key", '"passthrough" sends the client\'s own credentials')
-    auth_file = a_string(None, "of oauth://; default: the Codex CLI's auth.json")
-    oauth_refresh = a_flag(False, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url = a_base_url("https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
-    oauth_token_url = a_base_url("https://auth.openai.com/oauth/token", "who renews the tokens")
-    oauth_client_id = a_string("app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
-    account = a_string(None, "who can read its encrypted_content; default: the provider")
-    headers = header_fields((), "static headers; they win over all", True)
-    session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
-        SESSION_SPELLINGS, "the spellings that leave"
-    )
-    affinity_headers = a_list(an_affinity_header, "a list of header names")(
-        (), "further headers that receive the session value"
-    )
-    wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")
-    ca_file = a_string(None, "PEM file of CAs, added to the system's roots")
-    client_cert = a_string(None, "PEM file of our certificate, for upstreams that ask for one")
-    client_key = a_string(None, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy = a_proxy(None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True)
-    connect_timeout_s = a_time(None, "overrides limits.connect_timeout_s")
-    first_byte_timeout_s = a_time(None, "overrides limits.first_byte_timeout_s")
-    idle_timeout_s = a_time(None, "overrides limits.idle_timeout_s")
-    enabled = a_flag(True, "false takes it out")
+    api_key = setting(a_secret, None, "sent as Authorization: Bearer; or file:PATH")
+    auth = setting(one_of("key", "passthrough"), "key", '"passthrough" sends the client\'s own credentials')
+    auth_file = setting(a_string, None, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh = setting(a_flag, False, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url = setting(a_base_url, "https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
+    oauth_token_url = setting(a_base_url, "https://auth.openai.com/oauth/token", "who renews the tokens")
+    oauth_client_id = setting(a_string, "app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
+    account = setting(a_string, None, "who can read its encrypted_content; default: the provider")
+    headers = setting(header_fields, (), "static headers; they win over all")
+    session_headers = setting(a_list(one_of(*SESSION_SPELLINGS)), SESSION_SPELLINGS, "the spellings that leave")
+    affinity_headers = setting(a_list(an_affinity_header), (), "further headers that receive the session value")
+    wait_on_429_s = setting(a_time_or_0, 0, "wait this long in all before a 429 is handed on")
+    ca_file = setting(a_string, None, "PEM file of CAs, added to the system's roots")
+    client_cert = setting(a_string, None, "PEM file of our certificate, for upstreams that ask for one")
+    client_key = setting(a_string, None, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy = setting(a_proxy, None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY')
+    connect_timeout_s = setting(a_time, None, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s = setting(a_time, None, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s = setting(a_time, None, "overrides limits.idle_timeout_s")
+    enabled = setting(a_flag, True, "false takes it out")
     name: str = ""
 
     @classmethod
@@ -704,17 +685,15 @@ class Provider(Settings):
 
 
 class AliasTarget(Settings):
-    provider = a_string(REQUIRED, "name of a provider")
-    model = a_string(REQUIRED, "the provider's name of the model")
-    weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
-    group = a_number(int, 1, 1000)(1, "used when every target of lower groups is out")
-    enabled = a_flag(True, "false takes it out")
+    provider = setting(a_string, REQUIRED, "name of a provider")
+    model = setting(a_string, REQUIRED, "the provider's name of the model")
+    weight = setting(a_number(float, 0.001, 1000), 1, "share of the sessions")
+    group = setting(a_number(int, 1, 1000), 1, "used when every target of lower groups is out")
+    enabled = setting(a_flag, True, "false takes it out")
 
 
 class Alias(Settings):
-    targets = a_list(Check(AliasTarget.parse), "a list of at least one target", least=1)(
-        REQUIRED, "where the alias leads"
-    )
+    targets = setting(a_list(AliasTarget.parse, "a list of at least one target", 1), REQUIRED, "where the alias leads")
 
 
 class Replica(NamedTuple):
@@ -742,23 +721,23 @@ class Target(Replica):
 
 
 class Tls(Settings):
-    cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
-    key = a_string(None, "PEM file of its private key; absent = it is in cert")
+    cert = setting(a_string, REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key = setting(a_string, None, "PEM file of its private key; absent = it is in cert")
 
 
 class Config(Settings):
-    providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
-    host = a_string("127.0.0.1", "address to listen on")
-    port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
-    tls = Check(Tls.parse)(None, "serve https; absent = http")
-    keys = a_map(Check(Key.parse))({}, "clients' keys by name")
-    workers = a_worker_count(1, 'processes that share the port; "auto" = one per core')
-    cpu_affinity = a_flag(True, "bind each process to a core: threads that share a GIL lose by moving")
-    allow_anonymous = a_flag(False, "listen beyond loopback without keys")
-    hosts = a_list(a_string, "a list of host names")((), "names a Host header may have")
-    models = a_map(Check(Alias.parse))({}, "aliases by name")
-    prices = a_map(Check(Price.parse))({}, "by model name")
-    limits = Check(Limits.parse)(Limits(), "sizes, times")
+    providers = setting(a_map(Provider.parse), REQUIRED, "upstreams by name")
+    host = setting(a_string, "127.0.0.1", "address to listen on")
+    port = setting(a_number(int, 0, 65535), 4000, "port to listen on; 0 = any free one")
+    tls = setting(Tls.parse, None, "serve https; absent = http")
+    keys = setting(a_map(Key.parse), {}, "clients' keys by name")
+    workers = setting(a_worker_count, 1, 'processes that share the port; "auto" = one per core')
+    cpu_affinity = setting(a_flag, True, "bind each process to a core: threads that share a GIL lose by moving")
+    allow_anonymous = setting(a_flag, False, "listen beyond loopback without keys")
+    hosts = setting(a_list(a_string), (), "names a Host header may have")
+    models = setting(a_map(Alias.parse), {}, "aliases by name")
+    prices = setting(a_map(Price.parse), {}, "by model name")
+    limits = setting(Limits.parse, Limits(), "sizes, times")
 
 
 def is_loopback(host: str) -> bool:

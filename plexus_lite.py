@@ -439,12 +439,11 @@ def an_affinity_header(value: Any, path: str) -> str:
 
 
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    seen: Set[str] = set()
-    for name in an_object("an object of header names and values")(value, path):
-        if a_field_name(name, f"{path}.{name}").lower() in seen:
-            raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
-        seen.add(name.lower())
-    return tuple(a_map(a_field_value)(value, path).items())
+    fields = a_map(a_field_value, "an object of header names and values")(value, path)
+    names = {a_field_name(name, f"{path}.{name}").lower() for name in fields}
+    if len(names) < len(fields):
+        raise ConfigError(path, "a header stands twice, once in another case")
+    return tuple(fields.items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
@@ -453,11 +452,8 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
         raise problem
     try:
         parts = urllib.parse.urlsplit(value)
-        host = parts.hostname or ""
-        if "[" in parts.netloc:
-            ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
         # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
-        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host)
+        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", parts.hostname or "")
         if parts.scheme in ("http", "https") and is_host and parts.port != 0:
             return parts
     except ValueError:  # the port is looked at only when it is asked for

@@ -519,7 +519,6 @@ class BaseUrls(ConfigTest):
             ("a user", "http://user@host/v1"),
             ("bracket not closed", "http://[::1/v1"),
             ("bracket not opened", "http://::1]/v1"),
-            ("no address in brackets", "http://[host]:1/v1"),
             ("a label of the host is empty", "http://a..b/v1"),
             ("a label of the host is too long", f"http://{'a' * 64}/v1"),
             ("empty", ""),
@@ -572,7 +571,6 @@ class HeaderSettings(ConfigTest):
             ("space in a name", "X A", "x"),
             ("colon in a name", "X-A:", "x"),
             ("CR LF in a name", "X-A\r\nX-B", "x"),
-            ("an empty name", "", "x"),
             ("Connection", "Connection", "close"),
             ("transfer-encoding", "transfer-encoding", "chunked"),
             ("Content-Length", "Content-Length", "5"),
@@ -586,7 +584,7 @@ class HeaderSettings(ConfigTest):
 
     def test_the_same_header_in_two_cases_is_refused(self):
         value = document(("providers", "up"), headers={"X-A": "1", "x-a": "2"})
-        self.assertRefused(value, "providers.up.headers.x-a: ")
+        self.assertRefused(value, "providers.up.headers: ", "twice")
 
     def test_session_headers_are_the_two_spellings(self):
         value = document(("providers", "up"), session_headers=["session-id"])

@@ -63,6 +63,7 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
+import argparse
 import base64
 import bisect
 import codecs
@@ -72,7 +73,6 @@ import email.utils
 import errno
 import functools
 import gc
-import getopt
 import hashlib
 import hmac
 import http
@@ -6551,7 +6551,7 @@ def render_checkups(found: Mapping[str, Any], width: int) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- STARTER, HELP, parse_options, read_config, make_state, load_state, the commands, main: options, the
+# 17  CLI -- STARTER, DESCRIPTION, parse_options, read_config, make_state, load_state, the commands, main: options, the
 #    configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
@@ -6566,41 +6566,14 @@ STARTER: Final = """\
     }
   }
 }"""
-HELP: Final = """\
-usage: plexus_lite.py [COMMAND] [OPTION...]
-
+DESCRIPTION: Final = """\
 A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
 
 commands:
   serve              what is done without one
   init               print a starter configuration
   check              ask every upstream whether it can be used, at no cost
-  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin
-
-options:
-  --config PATH      configuration (PLEXUS_CONFIG, or config.json beside this file)
-  --host HOST        listen on this address instead of the configuration's
-  --port PORT        listen on this port instead; 0 = any free one
-  --log-file PATH    write the log there instead of stderr; SIGHUP reopens it
-  --log-level LEVEL  error, warning, info (a line for each request; the default) or debug
-  --json             report, check: JSON instead of tables
-  --version, --help
-
-configuration keys (default):
-"""
-
-
-class Options(NamedTuple):
-    """The command line; None is what it leaves to the configuration."""
-
-    command: str = "serve"
-    files: Sequence[str] = ()
-    json: bool = False
-    config: Optional[str] = None
-    host: Optional[str] = None
-    port: Optional[int] = None
-    log_file: Optional[str] = None
-    log_level: str = "info"
+  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin"""
 
 
 def write_out(text: str) -> None:
@@ -6615,40 +6588,47 @@ def write_out(text: str) -> None:
         raise ConfigError("stdout", f"cannot be written: {error.strerror}") from None
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it.
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what the command line says; None is what it leaves to the configuration.
 
-    ConfigError for a host or port that the file could not have either.
+    SystemExit after --help and --version, and for what is wrong; ConfigError for a host or port that the file could
+    not have either.
     """
-    names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
-    try:
-        found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
-        given: Dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in found}
-        if given.keys() & {"h", "help", "version"}:
-            write_out(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
-            raise SystemExit(EXIT_OK)
-        command, *files = operands or ["serve"]
-        has_json = given.pop("json", None) is not None
-        problems = {
-            f"there is no command {command}": command not in COMMANDS,
-            f"{command} {'needs a' if command == 'report' else 'reads no'} LOG": bool(files) != (command == "report"),
-            f"{command} has no --json": has_json and command not in ("check", "report"),
-            f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                raise getopt.GetoptError(problem)
-    except getopt.GetoptError as error:
-        print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
-    if re.fullmatch("[0-9]{1,9}", given.get("port", "")):
-        given["port"] = int(given["port"])
-    for name in given.keys() & {"host", "port"}:
-        Config.rows[name].read(given[name], f"--{name}")
-    return Options(command, files, has_json, **given)
+    parser = argparse.ArgumentParser(
+        "plexus_lite.py",
+        "%(prog)s [COMMAND] [OPTION...]",
+        DESCRIPTION,
+        "configuration keys (default):\n" + render_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)")
+    add("--host", help="listen on this address instead of the configuration's")
+    add("--port", type=int, help="listen on this port instead; 0 = any free one")
+    add("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
+    add("--log-level", choices=LEVELS, default="info", help="info, the default, has a line for each request")
+    add("--json", action="store_true", help="report, check: JSON instead of tables")
+    add("--version", action="store_true")
+    add("-h", "--help", action="store_true")
+    options = parser.parse_intermixed_args(arguments)  # options and operands in any order
+    if options.help or options.version:
+        write_out(f"plexus_lite {__version__}" if options.version else parser.format_help().rstrip())
+        raise SystemExit(EXIT_OK)
+    options.command, *options.files = options.words or ["serve"]
+    if options.command not in COMMANDS:
+        parser.error(f"there is no command {options.command}")
+    if bool(options.files) != (options.command == "report"):
+        parser.error("report needs a LOG, and no other command reads one")
+    for name in ("host", "port"):
+        if getattr(options, name) is not None:
+            Config.rows[name].read(getattr(options, name), f"--{name}")
+    return options
 
 
-def read_config(path: str, options: Options) -> Config:
+def read_config(path: str, options: argparse.Namespace) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
@@ -6731,7 +6711,7 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
 CONFIG_BESIDE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
-def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
+def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
     path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(CONFIG_BESIDE)
     try:
         return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
@@ -6739,7 +6719,7 @@ def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> Sta
         raise ConfigError("", f"{path}: {error}") from None
 
 
-def serve(options: Options) -> int:
+def serve(options: argparse.Namespace) -> int:
     demo, ticket_secret = DemoBackend(), secrets.token_bytes(32)
 
     def load() -> State:
@@ -6750,7 +6730,7 @@ def serve(options: Options) -> int:
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
-    options = options._replace(host=config.host)
+    options.host = config.host
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
     threading.stack_size(STACK_BYTES)
@@ -6806,12 +6786,12 @@ def announce(config: Config, listener: socket.socket) -> None:
         say(one_line(f"  {name} -> {targets}"))
 
 
-def init(_: Options) -> int:
+def init(_: argparse.Namespace) -> int:
     write_out(STARTER)
     return EXIT_OK
 
 
-def report(options: Options) -> int:
+def report(options: argparse.Namespace) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
     remark = read_logs(options.files, found, os.isatty(2))
@@ -6824,7 +6804,7 @@ def report(options: Options) -> int:
     return EXIT_OK
 
 
-def check(options: Options) -> int:
+def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
@@ -6834,12 +6814,7 @@ def check(options: Options) -> int:
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
-COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
-    "serve": serve,
-    "init": init,
-    "check": check,
-    "report": report,
-}
+COMMANDS: Final = {"serve": serve, "init": init, "check": check, "report": report}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

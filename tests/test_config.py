@@ -1,5 +1,6 @@
 """Room 3: what a configuration may hold, and the one line that says where and why it may not."""
 
+import argparse
 import copy
 import json
 import os
@@ -766,7 +767,7 @@ class Files(ConfigTest):
             if content is not None:
                 with open(path, "wb") as file:
                     file.write(content)
-            return plexus_lite.read_config(path, plexus_lite.Options(**options))
+            return plexus_lite.read_config(path, argparse.Namespace(**dict({"host": None, "port": None}, **options)))
 
     def test_the_contract_s_example_with_the_environment_s_variables(self):
         with mock.patch.dict(os.environ, VARIABLES):

@@ -1218,14 +1218,14 @@ Span = Tuple[int, int]
 Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
 
 
-def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
+def parse_json(text: str) -> Any:
     """Return what *text* stands for; JSONDecodeError has the place of what is wrong.  Nesting is a RecursionError.
 
     Of NaN, Infinity and long numbers, the decoder tells no place.  With a 0 for their first character, they are a
     mistake whose place it tells; in a string, a fraction or an exponent, that 0 is none.
     """
     try:
-        return decoder.decode(text)
+        return JSON_DECODER.decode(text)
     except json.JSONDecodeError:
         raise
     except ValueError as error:
@@ -6633,23 +6633,13 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
-        if not text.strip():
-            raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-        decoder = json.JSONDecoder(
-            object_pairs_hook=unique_members, parse_constant=refuse_constant, parse_int=JSON_DECODER.parse_int
-        )
-        value = expand_variables(parse_json(text, decoder), os.environ)
+        parse_json(text)
+        value = expand_variables(json.loads(text, object_pairs_hook=unique_members), os.environ)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
         raise ConfigError("", f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError("", "is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError("", "nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):

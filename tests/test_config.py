@@ -789,21 +789,25 @@ class Files(ConfigTest):
         good = json.dumps(DOCUMENT)
         rows: Sequence[Tuple[str, Optional[bytes], Sequence[str]]] = (
             ("no file", None, ("no such file", "init")),
-            ("empty", b"", ("empty",)),
-            ("white space", b" \n\t", ("empty",)),
-            ("not UTF-8", b'{"host": "\xff"}', ("UTF-8",)),
-            ("UTF-16", good.encode("utf-16"), ("UTF-8",)),
+            ("empty", b"", ("line 1 column 1",)),
+            ("white space", b" \n\t", ("line 2 column 2",)),
+            ("not UTF-8", b'{"host": "\xff"}', ("utf-8",)),
+            ("UTF-16", good.encode("utf-16"), ("utf-8",)),
             ("a comma too much", b'{\n  "port": 1,\n}', ("line ", " column ")),  # 3.13 points at the comma
             ("a comment", b'{\n  // no\n  "port": 1\n}', ("line 2 column 3",)),
             ("cut off", good[:-1].encode(), ("line 1 column ",)),
             ("trailing text", good.encode() + b" x", ("line 1 column ",)),
             ("a key twice", b'{"port": 1, "port": 2}', ('"port"', "twice")),
             ("a key twice, deep", b'{"providers": {"up": {"models": [], "models": []}}}', ('"models"', "twice")),
-            ("NaN", b'{"port": NaN}', ("line 1 column 10: NaN is no JSON",)),
-            ("Infinity", b'{\n"port": -Infinity}', ("line 2 column 9: -Infinity is no JSON",)),
-            ("a number without end", b'{"port": ' + b"9" * 5000 + b"}", ("line 1 column 10: a number has too",)),
-            ("nested without end", b'{"port": ' + b"[" * 200000, ("nested too deeply",)),
-            ("nested, to its end", b'{"port": ' + b"[" * 990 + b"]" * 990 + b"}", ("nested too deeply",)),
+            ("NaN", b'{"port": NaN}', ("NaN is no JSON: line 1 column 10",)),
+            ("Infinity", b'{\n"port": -Infinity}', ("-Infinity is no JSON: line 2 column 9",)),
+            (
+                "a number without end",
+                b'{"port": ' + b"9" * 5000 + b"}",
+                ("a number has too many digits: line 1 column 10",),
+            ),
+            ("nested without end", b'{"port": ' + b"[" * 200000, ("is not valid JSON",)),
+            ("nested, to its end", b'{"port": ' + b"[" * 990 + b"]" * 990 + b"}", ("is not valid JSON",)),
             ("a list", b"[]", ("expected an object, found a list",)),
             ("null", b"null", ("expected an object, found null",)),
             ("a missing variable", b'{"host": "${PLEXUS_LITE_UNSET}"}', ("host: ", "PLEXUS_LITE_UNSET")),
@@ -823,7 +827,11 @@ class Files(ConfigTest):
                 json.dumps({"providers": {"clawbay": provider}}),
                 f"config.json: providers.clawbay.api_base_urll: unknown key; allowed: {allowed}\n",
             ),
-            ("syntax", '{"port": 1,}', "config.json: line 1 column "),
+            (
+                "syntax",
+                '{"port": 1 1}',
+                "config.json: is not valid JSON: Expecting ',' delimiter: line 1 column 12 (char 11)\n",
+            ),
         )
         for name, text, wanted in rows:
             with self.subTest(name), tempfile.TemporaryDirectory() as folder:

@@ -240,14 +240,14 @@ class BadConfigTest(ServerTest):
     CASES: Tuple[Tuple[str, Any, Sequence[str]], ...] = (
         # name, content of the file (None: there is none), what the line says
         ("missing", None, ["no such file"]),
-        ("empty", b"", ["empty"]),
-        ("blank", b" \n\n", ["empty"]),
-        ("binary", bytes(range(256)), ["UTF-8"]),
+        ("empty", b"", ["line 1 column 1"]),
+        ("blank", b" \n\n", ["line 3 column 1"]),
+        ("binary", bytes(range(256)), ["utf-8"]),
         ("NULs", b"\0" * 100, ["line 1 column 1"]),
         ("bad JSON", b'{\n  "providers": {\n    "p": }\n', ["line 3 column 10"]),
         ("comment", b'{\n  // here\n  "port": 1\n}', ["line 2 column 3"]),
         ("trailing comma", b'{"port": 1,}', ["line 1 column"]),
-        ("deep", b"[" * 100_000, ["nested too deeply"]),
+        ("deep", b"[" * 100_000, ["is not valid JSON"]),
         ("a list", b"[]", ["an object"]),
         ("no providers", b"{}", ["providers"]),
         (

@@ -561,11 +561,8 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
         cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        members = {name: row.default for name, row in self.rows.items()}
-        members.update(zip(self.rows, values), **named)
-        if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
-            raise TypeError(f"{type(self).__name__}: a member is missing, or there is none of that name: {list(named)}")
-        vars(self).update(members)
+        vars(self).update({name: row.default for name, row in self.rows.items()})
+        vars(self).update(zip(self.rows, values), **named)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be set; see _replace")

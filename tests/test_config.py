@@ -364,11 +364,6 @@ class Values(unittest.TestCase):
         with self.assertRaises(TypeError):
             hash(provider)
 
-    def test_members_that_are_missing_or_unknown_are_refused(self):
-        for make in (plexus_lite.Key, lambda: plexus_lite.Limits(drains=1), lambda: plexus_lite.Limits()._replace(x=1)):
-            with self.assertRaises(TypeError):
-                make()
-
     def test_equal_members_are_not_enough_across_classes(self):
         self.assertNotEqual(plexus_lite.Tls("a"), plexus_lite.Key("a"))
         self.assertEqual(plexus_lite.Key("a"), plexus_lite.Key("a"))

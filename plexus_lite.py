@@ -410,8 +410,7 @@ a_time: Final = a_number(float, 0.001, 86400)
 a_time_or_0: Final = a_number(float, 0, 86400)
 a_size: Final = a_number(int, 1024, 2**40)
 a_price: Final = a_number(float, 0, 10**6)
-model_names: Final = a_list(a_string, "a list of model names")
-an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
+strings: Final = a_list(a_string)
 a_worker_count: Final[Read[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
@@ -495,15 +494,15 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     return found
 
 
+def model_access(value: Any, path: str) -> Tuple[str, ...]:
+    return read_object(value, path, {"access_via": a_list(one_of(*APIS))}).get("access_via", APIS)
+
+
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        return dict.fromkeys(model_names(value, path), APIS)
-    access = {"access_via": an_api_list}
-    entries = a_map(lambda value, path: read_object(value, path, access), "a list of model names, or an object")(
-        value, path
-    )
-    return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
+        return dict.fromkeys(strings(value, path), APIS)
+    return a_map(model_access, "a list of model names, or an object")(value, path)
 
 
 class ForwardProxy(NamedTuple):
@@ -604,7 +603,7 @@ class Limits(Settings):
 
 class Key(Settings):
     secret = setting(a_secret, REQUIRED, "what the client sends, or file:PATH")
-    models = setting(model_names, None, "the only models it may use; absent = all")
+    models = setting(strings, None, "the only models it may use; absent = all")
     admin = setting(a_flag, False, "the status page shows it the sessions of all keys")
 
 
@@ -649,14 +648,14 @@ class Provider(Settings):
     def parse(cls, value: Any, path: str) -> "Provider":
         """Return also what its place, providers.NAME, and its oauth:// mean."""
         provider = super().parse(value, path)._replace(name=path.partition(".")[2])
-        has_sign_in = "oauth://" in provider.urls()
-        for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
-            if getattr(provider, member) != cls.rows[member].default:
-                raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
-        if not has_sign_in:
+        if "oauth://" not in provider.urls():
+            if provider.auth_file or provider.oauth_refresh:
+                raise ConfigError(path, "auth_file and oauth_refresh go only with oauth://")
             return provider
-        if provider.api_base_url != {"responses": ("oauth://",)}:
-            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+        if provider.api_key or provider.auth != "key" or provider.api_base_url != {"responses": ("oauth://",)}:
+            raise ConfigError(
+                f"{path}.api_base_url", "oauth:// stands alone: no api_key, no auth, no other URL, no chat"
+            )
         return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
@@ -673,8 +672,7 @@ class Provider(Settings):
 
     def timeout_s(self, name: str, limits: Limits) -> float:
         """Return the timeout *name*: its own, else that of *limits*."""
-        own: Optional[float] = getattr(self, name)
-        return float(getattr(limits, name)) if own is None else own
+        return float(getattr(self, name) or getattr(limits, name))
 
 
 class AliasTarget(Settings):
@@ -727,7 +725,7 @@ class Config(Settings):
     workers = setting(a_worker_count, 1, 'processes that share the port; "auto" = one per core')
     cpu_affinity = setting(a_flag, True, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous = setting(a_flag, False, "listen beyond loopback without keys")
-    hosts = setting(a_list(a_string), (), "names a Host header may have")
+    hosts = setting(strings, (), "names a Host header may have")
     models = setting(a_map(Alias.parse), {}, "aliases by name")
     prices = setting(a_map(Price.parse), {}, "by model name")
     limits = setting(Limits.parse, Limits(), "sizes, times")

@@ -653,9 +653,7 @@ class Provider(Settings):
                 raise ConfigError(path, "auth_file and oauth_refresh go only with oauth://")
             return provider
         if provider.api_key or provider.auth != "key" or provider.api_base_url != {"responses": ("oauth://",)}:
-            raise ConfigError(
-                f"{path}.api_base_url", "oauth:// stands alone: no api_key, no auth, no other URL, no chat"
-            )
+            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no api_key, auth, other URL or chat")
         return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
@@ -6554,12 +6552,7 @@ STARTER: Final = """\
 {
   "host": "127.0.0.1",
   "port": 4000,
-  "providers": {
-    "demo": {
-      "api_base_url": "demo://",
-      "models": ["demo-model"]
-    }
-  }
+  "providers": {"demo": {"api_base_url": "demo://", "models": ["demo-model"]}}
 }"""
 DESCRIPTION: Final = """\
 A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
@@ -6692,33 +6685,25 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-# Python 3.14 has taken __file__ away by the time that run_main begins.
-CONFIG_BESIDE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
-
-
 def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
-    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(CONFIG_BESIDE)
+    beside = os.path.join(os.path.dirname(sys.argv[0]), "config.json")
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or beside
     try:
-        return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
+        config = read_config(path, options)
+        raise_descriptor_limit(config)
+        return make_state(config, demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:
         raise ConfigError("", f"{path}: {error}") from None
 
 
 def serve(options: argparse.Namespace) -> int:
-    demo, ticket_secret = DemoBackend(), secrets.token_bytes(32)
-
-    def load() -> State:
-        state = load_state(options, demo, ticket_secret)
-        raise_descriptor_limit(state.config)
-        return state
-
+    load = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
     options.host = config.host
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
-    threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -6730,9 +6715,8 @@ def serve(options: argparse.Namespace) -> int:
     first.join()
     try:
         listener = listen(config.host, config.port)
-    except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
-        reason = getattr(error, "strerror", None) or error
-        say(f"cannot listen on {config.host} port {config.port}: {reason}", 2)
+    except (OSError, TypeError, ValueError) as error:  # the latter two: it can be no name
+        say(f"cannot listen on {config.host} port {config.port}: {reason_of(error)}", 2)
         return EXIT_CANNOT_LISTEN
     announce(config, listener)
     workers = len(cores()) if config.workers == "auto" else int(config.workers)
@@ -6791,7 +6775,6 @@ def report(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
-    threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     write_out(json.dumps(found) if options.json else render_checkups(found, width))
@@ -6808,6 +6791,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
+    threading.stack_size(STACK_BYTES)
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         return COMMANDS[options.command](options)

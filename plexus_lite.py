@@ -804,7 +804,7 @@ def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
     """Refuse two keys that cannot be told apart; those in files have been read."""
-    for name, key in reversed(list(keys.items())):
+    for name, key in keys.items():
         for other, one in keys.items():
             if name != other and f"{key.secret}:".startswith(f"{one.secret}:"):  # SECRET:label is the key SECRET
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
@@ -6566,10 +6566,9 @@ commands:
 
 def write_out(text: str) -> None:
     """Write what was asked for to stdout, all of it; a reader that has left, as `head` does, had what it wanted."""
-    data = (text + "\n").encode("utf-8", "backslashreplace")
     try:
-        while data:
-            data = data[os.write(1, data) :]
+        with open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as stdout:
+            stdout.write(text + "\n")
     except BrokenPipeError:
         pass
     except OSError as error:

@@ -413,7 +413,7 @@ class Secrets(ConfigTest):
 
     def test_two_keys_with_one_secret_cannot_be_told_apart(self):
         keys = {"a": {"secret": "SECRET"}, "b": {"secret": "SECRET"}}
-        message = self.assertRefused(document((), keys=keys), "keys.b.secret: ", "keys.a")
+        message = self.assertRefused(document((), keys=keys), "keys.a.secret: ", "keys.b")
         self.assertNotIn("SECRET", message)
 
     def test_a_secret_that_is_another_with_a_label_is_refused(self):

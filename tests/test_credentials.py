@@ -219,7 +219,7 @@ class Secrets(FolderTest):
         self.write("b", b"sk-b")
         with self.assertRaises(plexus_lite.ConfigError) as caught:
             self.make({"a": "file:a", "b": "file:a"})
-        self.assertIn("keys.b.secret: is that of keys.a", str(caught.exception))
+        self.assertIn("keys.a.secret: is that of keys.b", str(caught.exception))
         credentials = self.make({"a": "file:a", "b": "file:b", "c": "sk-c"})
         for same in (b"sk-a", b"sk-c:x"):
             self.write("b", same)

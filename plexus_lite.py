@@ -8,7 +8,7 @@ headers that a backend routes its cache by; everything else passes through untou
     python plexus_lite.py                 serve what config.json beside this file says
     python plexus_lite.py init            print a starter configuration
     python plexus_lite.py check           say whether every upstream can be used, and what is wrong if not
-    python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
+    python plexus_lite.py report LOG...   say from its logs (also .gz; - is stdin) if the cache is warm, and if not, why
     python plexus_lite.py --help          every option and every configuration key
 
 How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets, and a
@@ -6544,7 +6544,7 @@ def render_checkups(found: Mapping[str, Any], width: int) -> str:
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- STARTER, DESCRIPTION, parse_options, read_config, make_state, load_state, the commands, main: options, the
+# 17  CLI -- STARTER, parse_options, read_config, make_state, load_state, the commands, main: options, the
 #    configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
@@ -6554,14 +6554,6 @@ STARTER: Final = """\
   "port": 4000,
   "providers": {"demo": {"api_base_url": "demo://", "models": ["demo-model"]}}
 }"""
-DESCRIPTION: Final = """\
-A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
-
-commands:
-  serve              what is done without one
-  init               print a starter configuration
-  check              ask every upstream whether it can be used, at no cost
-  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin"""
 
 
 def write_out(text: str) -> None:
@@ -6584,7 +6576,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "plexus_lite.py",
         "%(prog)s [COMMAND] [OPTION...]",
-        DESCRIPTION,
+        str(__doc__).partition("\n\nHow a request travels")[0],
         "configuration keys (default):\n" + render_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,

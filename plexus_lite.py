@@ -416,12 +416,8 @@ a_worker_count: Final[Read[Union[int, str]]] = expect(
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
-a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", object
-)
-a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
-)
+a_secret: Final = a_text(r"(?!file:)[!-~]+|file:[^\0]+", "a string of visible ASCII, or file:PATH", object)
+a_field_value: Final = a_text(r"[!-~]([ -~]*[!-~])?", "a string of printable ASCII without spaces around it", object)
 a_token: Final = a_text(TOKEN, "a header field name")
 
 
@@ -615,13 +611,9 @@ class Price(Settings):
 
 class Provider(Settings):
     api_base_url = setting(
-        base_urls,
-        REQUIRED,
-        'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below',
+        base_urls, REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo://, oauth://'
     )
-    models = setting(
-        provider_models, REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
-    )
+    models = setting(provider_models, REQUIRED, 'names, or {name: {"access_via": [...]}}; "*" = every other name')
     api_key = setting(a_secret, None, "sent as Authorization: Bearer; or file:PATH")
     auth = setting(one_of("key", "passthrough"), "key", '"passthrough" sends the client\'s own credentials')
     auth_file = setting(a_string, None, "of oauth://; default: the Codex CLI's auth.json")
@@ -750,8 +742,7 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
         if default is None and name not in variables:
-            remedy = f"${{{name}:-default}} gives a default"
-            raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
+            raise ConfigError(path, f"the environment variable {name} is not set; ${{{name}:-default}} gives a default")
         return variables.get(name) or default or ""
 
     pattern = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"

@@ -6561,8 +6561,7 @@ def write_out(text: str) -> None:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return what the command line says; None is what it leaves to the configuration.
 
-    SystemExit after --help and --version, and for what is wrong; ConfigError for a host or port that the file could
-    not have either.
+    SystemExit after --help and --version, and for what is wrong.
     """
     parser = argparse.ArgumentParser(
         "plexus_lite.py",
@@ -6571,7 +6570,6 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         "configuration keys (default):\n" + render_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("words", nargs="*", help=argparse.SUPPRESS)
@@ -6592,9 +6590,6 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"there is no command {options.command}")
     if bool(options.files) != (options.command == "report"):
         parser.error("report needs a LOG, and no other command reads one")
-    for name in ("host", "port"):
-        if getattr(options, name) is not None:
-            Config.rows[name].read(getattr(options, name), f"--{name}")
     return options
 
 
@@ -6613,7 +6608,7 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = given
+            value[name] = Config.rows[name].read(given, f"--{name}")
     return parse_config(value)
 
 
@@ -6626,15 +6621,13 @@ def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 def raise_descriptor_limit(config: Config) -> None:
     """Two descriptors a connection: raise the soft limit as far as needed and allowed.  Windows has none."""
-    if sys.platform == "win32":
-        return
-    import resource
+    if sys.platform != "win32":
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.limits.max_connections + 256
-    if 0 <= soft < wanted:  # -1 is no limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * config.limits.max_connections + 256
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
 
 
 def cores() -> List[int]:
@@ -6760,8 +6753,7 @@ def check(options: argparse.Namespace) -> int:
     found = check_upstreams(load_state(options, DemoBackend(), b""))
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     write_out(json.dumps(found) if options.json else render_checkups(found, width))
-    has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
-    return EXIT_CHECK_FAILED if has_failed else EXIT_OK
+    return EXIT_CHECK_FAILED if any(one["verdict"] == "FAIL" for one in found["upstreams"]) else EXIT_OK
 
 
 COMMANDS: Final = {"serve": serve, "init": init, "check": check, "report": report}

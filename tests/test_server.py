@@ -185,15 +185,15 @@ class CommandLineTest(ServerTest):
         self.assertEqual(proxy.error_text(), "")
 
     def test_wrong_usage_is_exit_2_without_a_traceback(self):
-        port = "--port: expected a whole number from 0 to 65535, found "
+        port = "c.json: --port: expected a whole number from 0 to 65535, found "
         lines = (
             (["--port", "x"], "error: argument --port: invalid int value: 'x'\n"),
             (["--port", "70000"], port + "70000\n"),
-            (["check", "--port", "-1", "--config", "nonesuch.json"], port + "-1\n"),  # before the file is read
+            (["check", "--port", "-1"], port + "-1\n"),
             (["--nonesuch"], ""),
             (["nonesuch"], ""),
             (["--log-level", "loud"], ""),
-            (["--host", ""], '--host: expected a non-empty string, found ""\n'),
+            (["--host", ""], 'c.json: --host: expected a non-empty string, found ""\n'),
             (["--log-file", os.path.join(tempfile.gettempdir(), "no", "such", "folder", "x.log")], ""),
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -387,13 +387,8 @@ def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
 
 def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
     """Return a check for an object that has what *item* checks under names of the user's choice."""
-
-    def read(value: Any, path: str) -> Mapping[str, T]:
-        if "" in an_object(wanted)(value, path):
-            raise ConfigError(path, "a name must not be empty")
-        return {name: item(one, f"{path}.{name}") for name, one in value.items()}
-
-    return read
+    whole = an_object(wanted)
+    return lambda value, path: {name: item(one, f"{path}.{name}") for name, one in whole(value, path).items()}
 
 
 def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
@@ -410,7 +405,7 @@ a_time: Final = a_number(float, 0.001, 86400)
 a_time_or_0: Final = a_number(float, 0, 86400)
 a_size: Final = a_number(int, 1024, 2**40)
 a_price: Final = a_number(float, 0, 10**6)
-strings: Final = a_list(a_string)
+a_string_list: Final = a_list(a_string)
 a_worker_count: Final[Read[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
@@ -418,11 +413,10 @@ a_worker_count: Final[Read[Union[int, str]]] = expect(
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
 a_secret: Final = a_text(r"(?!file:)[!-~]+|file:[^\0]+", "a string of visible ASCII, or file:PATH", object)
 a_field_value: Final = a_text(r"[!-~]([ -~]*[!-~])?", "a string of printable ASCII without spaces around it", object)
-a_token: Final = a_text(TOKEN, "a header field name")
 
 
 def a_field_name(value: Any, path: str) -> str:
-    if a_token(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+    if a_text(TOKEN, "a header field name")(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
@@ -445,14 +439,12 @@ def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise problem
-    try:
+    with contextlib.suppress(ValueError):  # of a port, too, when it is asked for
         parts = urllib.parse.urlsplit(value)
         # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
         is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", parts.hostname or "")
         if parts.scheme in ("http", "https") and is_host and parts.port != 0:
             return parts
-    except ValueError:  # the port is looked at only when it is asked for
-        pass
     raise problem
 
 
@@ -497,7 +489,7 @@ def model_access(value: Any, path: str) -> Tuple[str, ...]:
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        return dict.fromkeys(strings(value, path), APIS)
+        return dict.fromkeys(a_string_list(value, path), APIS)
     return a_map(model_access, "a list of model names, or an object")(value, path)
 
 
@@ -599,7 +591,7 @@ class Limits(Settings):
 
 class Key(Settings):
     secret = setting(a_secret, REQUIRED, "what the client sends, or file:PATH")
-    models = setting(strings, None, "the only models it may use; absent = all")
+    models = setting(a_string_list, None, "the only models it may use; absent = all")
     admin = setting(a_flag, False, "the status page shows it the sessions of all keys")
 
 
@@ -715,7 +707,7 @@ class Config(Settings):
     workers = setting(a_worker_count, 1, 'processes that share the port; "auto" = one per core')
     cpu_affinity = setting(a_flag, True, "bind each process to a core: threads that share a GIL lose by moving")
     allow_anonymous = setting(a_flag, False, "listen beyond loopback without keys")
-    hosts = setting(strings, (), "names a Host header may have")
+    hosts = setting(a_string_list, (), "names a Host header may have")
     models = setting(a_map(Alias.parse), {}, "aliases by name")
     prices = setting(a_map(Price.parse), {}, "by model name")
     limits = setting(Limits.parse, Limits(), "sizes, times")
@@ -829,8 +821,7 @@ def parse_config(value: Any) -> Config:
     check_names(config)
     check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
     if not (config.keys or config.allow_anonymous or is_loopback(config.host)):
-        remedy = "set keys, or allow_anonymous to true"
-        raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
+        raise ConfigError("host", f"{config.host} is beyond loopback: set keys, or allow_anonymous to true")
     return config
 
 
@@ -6741,8 +6732,8 @@ def report(options: argparse.Namespace) -> int:
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
-    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    # The console of Windows takes the bytes for another encoding.
+    bars = os.isatty(1) and sys.platform != "win32" and sys.stdout.encoding.lower() == "utf-8"
     width = shutil.get_terminal_size((100, 24)).columns
     write_out(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK

@@ -6555,10 +6555,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     SystemExit after --help and --version, and for what is wrong.
     """
     parser = argparse.ArgumentParser(
-        "plexus_lite.py",
-        "%(prog)s [COMMAND] [OPTION...]",
-        str(__doc__).partition("\n\nHow a request travels")[0],
-        "configuration keys (default):\n" + render_reference(),
+        usage="plexus_lite.py [COMMAND] [OPTION...]",
+        description=str(__doc__).partition("\n\nHow a request travels")[0],
+        epilog="configuration keys (default):\n" + render_reference(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -6744,7 +6743,8 @@ def check(options: argparse.Namespace) -> int:
     found = check_upstreams(load_state(options, DemoBackend(), b""))
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     write_out(json.dumps(found) if options.json else render_checkups(found, width))
-    return EXIT_CHECK_FAILED if any(one["verdict"] == "FAIL" for one in found["upstreams"]) else EXIT_OK
+    has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
+    return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
 COMMANDS: Final = {"serve": serve, "init": init, "check": check, "report": report}

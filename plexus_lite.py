@@ -3146,16 +3146,15 @@ class OutboundRequest(urllib.request.Request):
         fields: Sequence[Field],
         body: Optional[bytes] = None,
         *,
-        is_gone: Callable[[], bool] = lambda: False,
         fresh: bool = False,
         may_wait: bool = True,
     ) -> None:
-        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made, unless is_gone()."""
+        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made."""
         url = urllib.parse.urlsplit(target.base_url)  # which remembers
         self.type, self.host, self.selector = url.scheme, url.netloc, url.path + path
         self._full_url, self.fragment = target.base_url + path, None
         self.target, self.method, self.fields, self.body = target, method, fields, body
-        self.is_gone, self.fresh, self.may_wait = is_gone, fresh, may_wait
+        self.fresh, self.may_wait = fresh, may_wait
 
     def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
         """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
@@ -3198,7 +3197,7 @@ class Transport(urllib.request.BaseHandler):
     def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         """Send *request* as far as the upstream takes it now; return the connection on which its answer will come.
 
-        None if that needs a new connection, and *request* may not wait for one.  UpstreamError, ClientGone.
+        None if that needs a new connection, and *request* may not wait for one.  UpstreamError.
         """
         return self._opener.open(request, timeout=None)  # type: ignore[no-any-return]
 
@@ -3209,7 +3208,7 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
-        attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
+        attempt = Attempt(provider, time.monotonic() + ISSUER_S)
         try:
             connection.send_some()  # what is left
             answer, content = read_whole(connection.sock, attempt)
@@ -3303,6 +3302,7 @@ class Transport(urllib.request.BaseHandler):
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
+            sock.setblocking(False)
             sock.connect_ex(address)
             error = sock.connect_ex(address)  # says how far it is: at once there, if the upstream is on this machine
             if error in (0, errno.EISCONN, errno.EALREADY, errno.EINPROGRESS, errno.EWOULDBLOCK):
@@ -3324,9 +3324,10 @@ class Transport(urllib.request.BaseHandler):
         provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
         proxy = find_proxy(provider, request.target.base_url)
         seconds = provider.timeout_s("connect_timeout_s", self._limits)
-        attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
+        attempt = Attempt(provider, time.monotonic() + seconds)
         sock = reach(url, proxy, attempt)
         if request.type == "http":
+            sock.setblocking(False)
             with contextlib.suppress(OSError):  # it has closed already
                 self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
             return UpstreamConnection(sock, origin, proxy)
@@ -3335,6 +3336,7 @@ class Transport(urllib.request.BaseHandler):
             tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
         except ssl.SSLCertVerificationError as error:
             raise explain_refusal(error, url, proxy, attempt) from None
+        tls.setblocking(False)
         return UpstreamConnection(tls, origin)
 
 
@@ -3351,18 +3353,17 @@ def closing_on_error(sock: socket.socket) -> Iterator[None]:
 
 
 class Attempt(NamedTuple):
-    """One attempt to reach an upstream: for whom, until when (monotonic), and whether nobody waits for it any more."""
+    """One attempt to reach an upstream: for whom, and until when (monotonic).  It blocks, in a thread of its own."""
 
     provider: Provider
     deadline: float
-    is_gone: Callable[[], bool]
 
     @contextlib.contextmanager
     def at(self, phase: str) -> Iterator[None]:
         """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
         try:
             yield
-        except TimeoutError:
+        except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
             message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
             raise UpstreamError(message, "upstream_timeout") from None
         except ssl.SSLCertVerificationError:
@@ -3370,25 +3371,13 @@ class Attempt(NamedTuple):
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
 
-    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
-        """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
-
-        Else closes *sock*; TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
-        """
-        # epoll would cost a descriptor
-        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector, closing_on_error(sock):
-            selector.register(sock, WRITE)
-            while not self.is_gone():
-                left = self.deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError("it took too long")
-                if selector.select(min(left, GONE_CHECK_S)):
-                    try:
-                        return step(*values)
-                    except BLOCKED as error:
-                        is_full = isinstance(error, ssl.SSLWantWriteError)
-                        selector.modify(sock, WRITE if is_full else READ)
-            raise ClientGone
+    def limit(self, sock: socket.socket) -> socket.socket:
+        """Return *sock*, whose next call may take until the deadline; TimeoutError if that has passed."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long")
+        sock.settimeout(left)
+        return sock
 
 
 def reason_of(error: Exception, path: str = "") -> str:
@@ -3417,22 +3406,20 @@ def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt:
 
 
 def connect_tcp(addresses: List[Any], attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
+    """Return a socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
     for family, _, _, _, address in addresses:
         sock = new_socket(family)
-        problem = sock.connect_ex(address)
-        if problem in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # it is under way; Windows has the latter
-            problem = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
-        if not problem:
+        try:
+            attempt.limit(sock).connect(address)
             return sock
-        sock.close()
-    raise OSError(problem, os.strerror(problem))
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem
 
 
 def new_socket(family: int) -> socket.socket:
-    """Return a TCP socket that never blocks."""
     sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
     return sock
 
@@ -3442,7 +3429,7 @@ def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple
     while b"\r\n\r\n" not in data:
         if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
             raise ConnectionError("it does not answer in HTTP/1.1")
-        more = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
+        more = attempt.limit(sock).recv(RECEIVE_BYTES)
         if not more:
             raise ConnectionError("it closed the connection")
         data += more
@@ -3458,7 +3445,7 @@ def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes
     reader = answer_body(head)
     body = reader.feed(data)
     while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
+        data = attempt.limit(sock).recv(RECEIVE_BYTES)
         body += reader.feed(data)
         if not data and reader.at_end():
             break
@@ -3506,8 +3493,10 @@ def start_tls(
         tls = context.wrap_socket(
             sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
         )
-        attempt.finish(tls, tls.do_handshake)
-        return tls
+        with closing_on_error(tls):
+            attempt.limit(tls)
+            tls.do_handshake()
+            return tls
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -5002,7 +4991,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head.method,
             fields,
             body,
-            is_gone=lambda: exchange.is_gone,
             fresh=exchange.was_stale or bool(exchange.refused),
             may_wait=may_wait,
         )
@@ -6423,7 +6411,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
-        attempt = Attempt(provider, until, lambda: False)
+        attempt = Attempt(provider, until)
         with contextlib.closing(upstream), attempt.at("answer"):
             yield from judge_way(target, upstream.sock, sent_at - began)
             phase = "HTTP"

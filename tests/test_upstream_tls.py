@@ -170,7 +170,7 @@ class RefusalTest(unittest.TestCase):
         provider = plexus_lite.Provider({}, {}, name="gw")
         error = ssl.SSLCertVerificationError(1, "")
         error.verify_code, error.verify_message = code, "as OpenSSL says"
-        attempt = plexus_lite.Attempt(provider, 0, lambda: False)
+        attempt = plexus_lite.Attempt(provider, 0)
         with mock.patch.object(plexus_lite, "peer_certificate", return_value=shown):
             return str(plexus_lite.explain_refusal(error, urlsplit("https://gw.example/v1"), None, attempt))
 

@@ -2880,8 +2880,8 @@ class Credentials:
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Loop; Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
-#    connect_tcp, open_tunnel, start_tls; make_server_context; load_zstd.  Knows no client and no policy.  What an
-#    error of the system or of TLS on that way means is said here (reason_of), and nowhere else.
+#    Attempt, make_tls_context; make_server_context; load_zstd.  Knows no client and no policy.  What an error of the
+#    system or of TLS on that way means is said here (reason_of), and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2906,17 +2906,6 @@ TLS_FAILURES: Final = (
     ("EOF occurred|unexpected eof", "it closed the connection"),
     ("key values mismatch|key type mismatch", "the key does not match the certificate"),
     ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
-)
-# The same for certificates that are refused: X509_V_ERR_..., "expired" if it is, "ca_file" if the provider has one.
-NO_ROOT: Final = "(18|19|20|21)"  # self-signed, or no way to a root
-REFUSALS: Final = (
-    (NO_ROOT + ".* ca_file", "is signed by {signer}, which is neither among the system's roots nor in {path}.ca_file"),
-    (NO_ROOT + r"\b", "is signed by {signer}, which is not trusted; set {path}.ca_file"),
-    ("10 expired", "expired on {end}"),
-    (r"10\b", "is signed by {signer}: that certificate or one above it has expired; check {path}.ca_file"),
-    (r"9\b", "is refused: {words}; check the clock of this machine"),
-    ("62|64", "is for {names}, not for {host}; check {path}.api_base_url"),
-    ("", "is refused: {words}"),
 )
 
 
@@ -3200,10 +3189,10 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
-        attempt = Attempt(provider, time.monotonic() + ISSUER_S)
+        attempt = Attempt(provider, target.base_url, time.monotonic() + ISSUER_S)
         try:
             connection.send_some()  # what is left
-            answer, content = read_whole(connection.sock, attempt)
+            answer, content = attempt.read_answer(connection.sock)
             return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
@@ -3309,27 +3298,22 @@ class Transport(urllib.request.BaseHandler):
         self._addresses.pop(connection.origin, None)
 
     def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
+        provider = request.target.provider
+        seconds = provider.timeout_s("connect_timeout_s", self._limits)
+        attempt = Attempt(provider, request.target.base_url, time.monotonic() + seconds)
         if request.type == "demo":
             sock = self._connect_demo()
-            sock.setblocking(False)
-            return UpstreamConnection(sock, origin)
-        provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = find_proxy(provider, request.target.base_url)
-        seconds = provider.timeout_s("connect_timeout_s", self._limits)
-        attempt = Attempt(provider, time.monotonic() + seconds)
-        sock = reach(url, proxy, attempt)
+        elif request.type == "https":
+            sock = attempt.connect_tls(self._contexts[provider.name], self._sessions.get(origin))
+        else:
+            sock = attempt.connect()
+        sock.setblocking(False)
+        connection = UpstreamConnection(sock, origin, attempt.proxy if request.type == "http" else None)
         if request.type == "http":
-            sock.setblocking(False)
             with contextlib.suppress(OSError):  # it has closed already
-                self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
-            return UpstreamConnection(sock, origin, proxy)
-        try:
-            session = self._sessions.get(origin)
-            tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
-        except ssl.SSLCertVerificationError as error:
-            raise explain_refusal(error, url, proxy, attempt) from None
-        tls.setblocking(False)
-        return UpstreamConnection(tls, origin)
+                address = sock.getpeername()
+                self._addresses[origin] = (sock.family, address, connection.proxy, time.monotonic() + ADDRESS_S)
+        return connection
 
 
 # -- the way to an upstream: name, TCP, forward proxy, TLS --------------
@@ -3344,34 +3328,6 @@ def closing_on_error(sock: socket.socket) -> Iterator[None]:
         raise
 
 
-class Attempt(NamedTuple):
-    """One attempt to reach an upstream: for whom, and until when (monotonic).  It blocks, in a thread of its own."""
-
-    provider: Provider
-    deadline: float
-
-    @contextlib.contextmanager
-    def at(self, phase: str) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
-        try:
-            yield
-        except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
-            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
-            raise UpstreamError(message, "upstream_timeout") from None
-        except ssl.SSLCertVerificationError:
-            raise
-        except (OSError, MalformedHTTP) as error:
-            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
-
-    def limit(self, sock: socket.socket) -> socket.socket:
-        """Return *sock*, whose next call may take until the deadline; TimeoutError if that has passed."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("it took too long")
-        sock.settimeout(left)
-        return sock
-
-
 def reason_of(error: Exception, path: str = "") -> str:
     """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -3379,89 +3335,6 @@ def reason_of(error: Exception, path: str = "") -> str:
         return text
     plain = re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
     return next((meaning.format(path) for words, meaning in TLS_FAILURES if re.search(words, text)), plain)
-
-
-def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
-    """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    name = authority = join_authority(host, port)
-    if proxy:
-        host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
-    with attempt.at(f"address of {host}"):
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    with attempt.at(f"connection to {name}"):
-        sock = connect_tcp(addresses, attempt)
-    if proxy and url.scheme == "https":
-        with attempt.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
-            open_tunnel(sock, proxy, authority, attempt)
-    return sock
-
-
-def connect_tcp(addresses: List[Any], attempt: Attempt) -> socket.socket:
-    """Return a socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
-    for family, _, _, _, address in addresses:
-        sock = new_socket(family)
-        try:
-            attempt.limit(sock).connect(address)
-            return sock
-        except OSError as error:
-            sock.close()
-            problem = error
-    raise problem
-
-
-def new_socket(family: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-    return sock
-
-
-def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
-    """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
-    while b"\r\n\r\n" not in data:
-        if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
-            raise ConnectionError("it does not answer in HTTP/1.1")
-        more = attempt.limit(sock).recv(RECEIVE_BYTES)
-        if not more:
-            raise ConnectionError("it closed the connection")
-        data += more
-    end = data.index(b"\r\n\r\n") + 4
-    return read_answer_head(data[:end]), data[end:]
-
-
-def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes]:
-    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
-    head, data = read_head(sock, attempt)
-    while head.status < 200:  # it announces another one
-        head, data = read_head(sock, attempt, data)
-    reader = answer_body(head)
-    body = reader.feed(data)
-    while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = attempt.limit(sock).recv(RECEIVE_BYTES)
-        body += reader.feed(data)
-        if not data and reader.at_end():
-            break
-        if not data:
-            raise ConnectionError("it broke off")
-    return head, body
-
-
-def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
-    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
-    fields = render_fields([("Host", authority), *proxy.fields()])
-    sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-    answer, more = read_head(sock, attempt)
-    if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
-        raise wrong_password(proxy, attempt.provider)
-    if not 200 <= answer.status < 300:
-        raise ConnectionError(f"it answered {answer.status}")
-    if more:  # a TLS server does not speak first: these bytes are nobody's
-        raise ConnectionError("it answered more than a head")
-
-
-def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
-    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
-    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
 
 
 def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
@@ -3476,19 +3349,167 @@ def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     return a_proxy_url(found if "://" in found else "http://" + found, path)  # others take host:port there, too
 
 
-def start_tls(
-    sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
-) -> ssl.SSLSocket:
-    """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
-    with attempt.at(f"TLS handshake with {host}"):
-        # A ragged end must be an error: for a body that ends with the connection it is a cut.
-        tls = context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
-        )
-        with closing_on_error(tls):
-            attempt.limit(tls)
-            tls.do_handshake()
-            return tls
+def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
+    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
+    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
+
+
+def new_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+    return sock
+
+
+class Attempt:
+    """One attempt to reach what stands at a URL.  Its calls block, to a deadline at most: they are not for the loop."""
+
+    def __init__(self, provider: Provider, base_url: str, deadline: float) -> None:
+        """*deadline* is monotonic."""
+        self.url, self.proxy = urllib.parse.urlsplit(base_url), find_proxy(provider, base_url)
+        self.host = self.url.hostname or ""
+        self._provider, self._deadline = provider, deadline
+        self._path = f"providers.{provider.name}"  # in the configuration
+
+    @contextlib.contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile."""
+        try:
+            yield
+        except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
+            message = f"no {phase} within the connect_timeout_s of {self._provider.name}"
+            raise UpstreamError(message, "upstream_timeout") from None
+        except (OSError, MalformedHTTP) as error:
+            raise UpstreamError(f"no {phase}: {reason_of(error, self._path)}") from None
+
+    def _limit(self, sock: socket.socket) -> socket.socket:
+        """Return *sock*, whose next call may take until the deadline; TimeoutError if that has passed."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long")
+        sock.settimeout(left)
+        return sock
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the host; with a proxy, one to that, and for https its tunnel to the host."""
+        is_https, proxy = self.url.scheme == "https", self.proxy
+        host, port = self.host, self.url.port or (443 if is_https else 80)
+        name = authority = join_authority(host, port)
+        if proxy:
+            host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
+        with self.at(f"address of {host}"):
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with self.at(f"connection to {name}"):
+            sock = self._connect_tcp(addresses)
+        if proxy and is_https:
+            with self.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
+                self._open_tunnel(sock, proxy, authority)
+        return sock
+
+    def _connect_tcp(self, addresses: List[Any]) -> socket.socket:
+        """Return a socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
+        for family, _, _, _, address in addresses:
+            sock = new_socket(family)
+            try:
+                self._limit(sock).connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+    def _open_tunnel(self, sock: socket.socket, proxy: ForwardProxy, authority: str) -> None:
+        """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
+        fields = render_fields([("Host", authority), *proxy.fields()])
+        sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+        answer, more = self._read_head(sock)
+        if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
+            raise wrong_password(proxy, self._provider)
+        if not 200 <= answer.status < 300:
+            raise ConnectionError(f"it answered {answer.status}")
+        if more:  # a TLS server does not speak first: these bytes are nobody's
+            raise ConnectionError("it answered more than a head")
+
+    def connect_tls(self, context: ssl.SSLContext, session: Optional[ssl.SSLSession] = None) -> ssl.SSLSocket:
+        """Return what connect() does, after the handshake with the host."""
+        sock = self.connect()
+        with self.at(f"TLS handshake with {self.host}"):
+            # A ragged end must be an error: for a body that ends with the connection it is a cut.
+            tls = context.wrap_socket(
+                sock,
+                server_hostname=self.host,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                session=session,
+            )
+            with closing_on_error(tls):
+                self._limit(tls)
+                try:
+                    tls.do_handshake()
+                except ssl.SSLCertVerificationError as error:
+                    raise self._explain_refusal(error) from None
+                return tls
+
+    def _explain_refusal(self, error: ssl.SSLCertVerificationError) -> UpstreamError:
+        """Return what is wrong with the certificate of the host, and what to configure."""
+        code, meaning = error.verify_code, f"is refused: {error.verify_message}"
+        with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
+            shown = self._refused_certificate()
+            signed = f"is signed by {describe(common_name(shown['issuer']))}"
+            end = ssl.cert_time_to_seconds(shown["notAfter"])
+            if code in (18, 19, 20, 21):  # X509_V_ERR_...: self-signed, or no way to a root
+                verb = "check" if self._provider.ca_file else "set"
+                meaning = f"{signed}, which is not trusted; {verb} {self._path}.ca_file"
+            elif code in (62, 64):  # another name, or address
+                names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
+                meaning = f"is for {names or 'no name at all'}, not for {self.host}; check {self._path}.api_base_url"
+            elif code == 10 and end < time.time():
+                meaning = time.strftime("expired on %Y-%m-%d", time.gmtime(end))
+            elif code == 10:
+                meaning = f"{signed}: that certificate or one above it has expired; check {self._path}.ca_file"
+            elif code == 9:  # it is not valid yet
+                meaning += "; check the clock of this machine"
+        return UpstreamError(f"certificate of {self.host} {meaning}")
+
+    def _refused_certificate(self) -> Mapping[str, Any]:
+        """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
+
+        After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its
+        connection never carries a request and ends at once.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with self.connect_tls(context) as tls:
+            context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse; without it getpeercert() shows nothing
+            return tls.getpeercert() or {}
+
+    def _read_head(self, sock: socket.socket, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
+        """Return the head of the answer that begins with *data*, and what came after it.  OSError, MalformedHTTP."""
+        while b"\r\n\r\n" not in data:
+            if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
+                raise ConnectionError("it does not answer in HTTP/1.1")
+            more = self._limit(sock).recv(RECEIVE_BYTES)
+            if not more:
+                raise ConnectionError("it closed the connection")
+            data += more
+        end = data.index(b"\r\n\r\n") + 4
+        return read_answer_head(data[:end]), data[end:]
+
+    def read_answer(self, sock: socket.socket) -> Tuple[AnswerHead, bytes]:
+        """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
+        head, data = self._read_head(sock)
+        while head.status < 200:  # it announces another one
+            head, data = self._read_head(sock, data)
+        reader = answer_body(head)
+        body = reader.feed(data)
+        while not reader.done and len(body) < WHOLE_BODY_BYTES:
+            data = self._limit(sock).recv(RECEIVE_BYTES)
+            body += reader.feed(data)
+            if not data and reader.at_end():
+                break
+            if not data:
+                raise ConnectionError("it broke off")
+        return head, body
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -3554,39 +3575,6 @@ def say_goodbye(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError, ValueError):  # ValueError: that has been done
             sock.unwrap()
-
-
-def explain_refusal(
-    error: ssl.SSLCertVerificationError, url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> UpstreamError:
-    """Return what is wrong with the certificate of the host of *url*, and what to configure."""
-    provider, case = attempt.provider, ""
-    facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
-    with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
-        shown = peer_certificate(url, proxy, attempt)
-        names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
-        end = ssl.cert_time_to_seconds(shown["notAfter"])
-        date, signer = time.strftime("%Y-%m-%d", time.gmtime(end)), describe(common_name(shown["issuer"]))
-        facts.update(end=date, signer=signer, names=names or "no name at all")
-        case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
-    meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
-    return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
-
-
-def peer_certificate(
-    url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> Mapping[str, Any]:
-    """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
-
-    After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its connection
-    never carries a request and ends at once.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
-        context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse anything; without it getpeercert() shows nothing
-        return tls.getpeercert() or {}
 
 
 def common_name(name: Any) -> str:
@@ -6403,11 +6391,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
-        attempt = Attempt(provider, until)
+        attempt = Attempt(provider, target.base_url, until)
         with contextlib.closing(upstream), attempt.at("answer"):
-            yield from judge_way(target, upstream.sock, sent_at - began)
+            yield from judge_way(attempt, upstream.sock, sent_at - began)
             phase = "HTTP"
-            answer, raw = read_whole(upstream.sock, attempt)
+            answer, raw = attempt.read_answer(upstream.sock)
         if answer.status == 407 and upstream.proxy:
             raise wrong_password(upstream.proxy, provider)
         ms, body = round((time.monotonic() - sent_at) * 1000, 1), None
@@ -6435,11 +6423,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took))
 
 
-def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
+def judge_way(attempt: Attempt, sock: socket.socket, seconds: float) -> Iterator[Finding]:
     """Say where *sock* leads, after *seconds*, and what was shown there."""
-    if target.base_url == "demo://":
+    if attempt.url.scheme == "demo":
         return
-    proxy, address, ms = find_proxy(target.provider, target.base_url), "closed since", round(seconds * 1000, 1)
+    proxy, address, ms = attempt.proxy, "closed since", round(seconds * 1000, 1)
     with contextlib.suppress(OSError):
         address = join_authority(*sock.getpeername()[:2])
     way = f"through the proxy {proxy.name}" if proxy else "direct"

@@ -2936,12 +2936,8 @@ class Loop:
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
+        self.wakeup_fd = self._wake_write.fileno()  # for signal.set_wakeup_fd: a signal ends the wait at once
         self.watch(self._wake_read, READ, self._drain_wakeups)
-
-    @property
-    def wakeup_fd(self) -> int:
-        """For signal.set_wakeup_fd: a signal ends the wait at once."""
-        return self._wake_write.fileno()
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in the loop's thread, soon.  Other threads may use this and hand(), and no more."""
@@ -3104,11 +3100,6 @@ class UpstreamConnection:
             if sent < len(view):
                 self.unsent.append(view[sent:])
 
-    def close(self) -> None:
-        """Close what no loop watches."""
-        with contextlib.suppress(OSError):
-            self.sock.close()
-
 
 class OutboundRequest(urllib.request.Request):
     """A request with its header fields exactly as given: urllib's own table would change their case and merge them.
@@ -3191,13 +3182,11 @@ class Transport(urllib.request.BaseHandler):
         assert connection is not None
         attempt = Attempt(provider, target.base_url, time.monotonic() + ISSUER_S)
         try:
-            connection.send_some()  # what is left
-            answer, content = attempt.read_answer(connection.sock)
-            return answer.status, content
+            with connection.sock:
+                answer, content = attempt.read_answer(connection.sock)
+                return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
-        finally:
-            connection.close()
 
     # -- the pool: what is in it is watched by the loop, so that what the upstream closes leaves it at once ---------
 
@@ -6392,7 +6381,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         assert upstream is not None
         sent_at = time.monotonic()
         attempt = Attempt(provider, target.base_url, until)
-        with contextlib.closing(upstream), attempt.at("answer"):
+        with upstream.sock, attempt.at("answer"):
             yield from judge_way(attempt, upstream.sock, sent_at - began)
             phase = "HTTP"
             answer, raw = attempt.read_answer(upstream.sock)

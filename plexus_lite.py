@@ -6289,14 +6289,12 @@ STATUSES: Final = (
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
     ("", "ok", "reached; it lists no models"),
 )
-# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
-# three for those with TLS.
+# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env".
 VARIABLES: Final = (
     ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
     ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
     ("ssl_cert_(file|dir)", "taken in place of the system's roots"),
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
-    ("sslkeylogfile", "not used: keys of connections are never written"),
 )
 Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; for --json its figures, too
 Judgement = Tuple[str, str]  # verdict, text
@@ -6354,9 +6352,8 @@ def judge_certificate(sock: ssl.SSLSocket) -> Finding:
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
-    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
-    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
+    for pattern, text in VARIABLES[has_env:]:
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
@@ -6463,23 +6460,17 @@ def check_upstreams(state: State) -> Finding:
     return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
 
 
-def render_checkups(found: Mapping[str, Any], width: int) -> str:
-    """Return what check_upstreams has found, for a terminal of *width* columns."""
-    import textwrap
-
-    rows = []  # the column of further lines, text
+def render_checkups(found: Mapping[str, Any]) -> str:
+    """Return what check_upstreams has found, a line for each finding."""
+    lines = []
     for one in found["upstreams"]:
-        rows.append((0, f"{one['provider']}  {one['base_url']}"))
-        rows += [(17, f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}") for row in one["findings"]]
-    rows += [(6, f"note: {note}") for note in found["notes"]]
+        lines.append(f"{one['provider']}  {one['base_url']}")
+        lines += [f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}" for row in one["findings"]]
+    lines += [f"note: {note}" for note in found["notes"]]
     verdicts = [one["verdict"] for one in found["upstreams"]]
     summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in VERDICTS.items() if name in verdicts)
-    rows.append((0, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"))
-    return "\n".join(
-        line
-        for indent, text in rows
-        for line in textwrap.wrap(one_line(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)
-    )
+    lines.append(f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}")
+    return "\n".join(map(one_line, lines))
 
 
 # ---------------------------------------------------------------------------
@@ -6698,8 +6689,7 @@ def report(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
     found = check_upstreams(load_state(options, DemoBackend(), b""))
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    write_out(json.dumps(found) if options.json else render_checkups(found, width))
+    write_out(json.dumps(found) if options.json else render_checkups(found))
     has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 

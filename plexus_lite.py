@@ -3198,28 +3198,24 @@ class Transport(urllib.request.BaseHandler):
         connection.idle_since, connection.reused = time.monotonic(), True
         with self._lock:
             idle = self._idle[connection.origin]
-            is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN
-            if is_kept:
+            if self._is_closed or len(idle) >= MAX_IDLE_PER_ORIGIN:
+                self.loop.close(connection.sock)
+            else:
                 idle.append(connection)
-        if is_kept:
-            self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
-        else:
-            self.loop.close(connection.sock)
+                self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
 
     def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
         """An idle connection has something to say: its end, what nobody asked for, or a TLS session ticket."""
         with self._lock:
             idle = self._idle[connection.origin]
-            is_idle = connection in idle
-            if is_idle:  # else a thread has taken it, and what comes is the answer: attach() will watch it again
-                with contextlib.suppress(OSError):
-                    if receive(connection.sock) is None:
-                        return
-                idle.remove(connection)
-        if is_idle:
+            if connection not in idle:  # a thread has taken it, and what comes is the answer: attach() will watch it
+                self.loop.watch(connection.sock, 0)
+                return
+            with contextlib.suppress(OSError):
+                if receive(connection.sock) is None:
+                    return
+            idle.remove(connection)
             self.loop.close(connection.sock)
-        else:
-            self.loop.watch(connection.sock, 0)
 
     def expire(self, now: float) -> None:
         """Close what has been idle for pool_idle_s; the oldest stand first."""
@@ -3254,16 +3250,15 @@ class Transport(urllib.request.BaseHandler):
 
     def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
         """Return an idle connection on which nothing has come since the loop looked: it would be read as the answer."""
-        while True:
-            with self._lock:
-                idle = self._idle[origin]
-                connection = idle.pop() if idle else None
-            if connection is None:
-                return None
-            with contextlib.suppress(OSError):
-                if receive(connection.sock) is None:
-                    return connection
-            self.loop.hand(self.loop.close, connection.sock)
+        with self._lock:
+            idle = self._idle[origin]
+            while idle:
+                connection = idle.pop()
+                with contextlib.suppress(OSError):
+                    if receive(connection.sock) is None:
+                        return connection
+                self.loop.hand(self.loop.close, connection.sock)
+        return None
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
@@ -3367,6 +3362,8 @@ class Attempt:
         except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
             message = f"no {phase} within the connect_timeout_s of {self._provider.name}"
             raise UpstreamError(message, "upstream_timeout") from None
+        except ssl.SSLCertVerificationError as error:
+            raise self._explain_refusal(error) from None
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no {phase}: {reason_of(error, self._path)}") from None
 
@@ -3432,10 +3429,7 @@ class Attempt:
             )
             with closing_on_error(tls):
                 self._limit(tls)
-                try:
-                    tls.do_handshake()
-                except ssl.SSLCertVerificationError as error:
-                    raise self._explain_refusal(error) from None
+                tls.do_handshake()
                 return tls
 
     def _explain_refusal(self, error: ssl.SSLCertVerificationError) -> UpstreamError:

@@ -2917,14 +2917,13 @@ class Loop:
     """A selector, calls from other threads, and a tick.  run() returns after stop()."""
 
     patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-    _woken = _stopped = False
+    _stopped = False
     _thread = 0
     _alarm: Tuple[float, Callable[[], None]] = (math.inf, do_nothing)  # when (monotonic), what
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # protects _calls and _woken
-        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
+        self._calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
         self.now = time.monotonic()
@@ -2941,10 +2940,8 @@ class Loop:
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in the loop's thread, soon.  Other threads may use this and hand(), and no more."""
-        with self._lock:
-            self._calls.append((function, arguments))
-            wake, self._woken = not self._woken and not self.is_this_thread(), True
-        if wake:
+        self._calls.append((function, arguments))
+        if not self.is_this_thread():
             with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
                 self._wake_write.send(b"\0")
 
@@ -3020,10 +3017,9 @@ class Loop:
                 self.guard(self.on_tick, self.now)
 
     def _make_calls(self) -> None:
-        """A function of its own, or the last calls would keep their arguments, a request with its body, say."""
-        with self._lock:
-            calls, self._calls, self._woken = self._calls, [], False
-        for function, arguments in calls:
+        """A function of its own, or the last call would keep its arguments, a request with its body, say."""
+        for _ in range(len(self._calls)):  # those that come meanwhile have the next round
+            function, arguments = self._calls.popleft()
             self.guard(function, *arguments)
 
     def _take_turns(self, busy_s: float) -> None:

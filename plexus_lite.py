@@ -3176,10 +3176,9 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
-        attempt = Attempt(provider, target.base_url, time.monotonic() + ISSUER_S)
         try:
             with connection.sock:
-                answer, content = attempt.read_answer(connection.sock)
+                answer, content = Attempt(provider, target.base_url, ISSUER_S).read_answer(connection.sock)
                 return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
@@ -3279,8 +3278,7 @@ class Transport(urllib.request.BaseHandler):
 
     def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
         provider = request.target.provider
-        seconds = provider.timeout_s("connect_timeout_s", self._limits)
-        attempt = Attempt(provider, request.target.base_url, time.monotonic() + seconds)
+        attempt = Attempt(provider, request.target.base_url, provider.timeout_s("connect_timeout_s", self._limits))
         if request.type == "demo":
             sock = self._connect_demo()
         elif request.type == "https":
@@ -3341,13 +3339,12 @@ def new_socket(family: int) -> socket.socket:
 
 
 class Attempt:
-    """One attempt to reach what stands at a URL.  Its calls block, to a deadline at most: they are not for the loop."""
+    """One attempt to reach what stands at a URL, within some seconds.  Its calls block: they are not for the loop."""
 
-    def __init__(self, provider: Provider, base_url: str, deadline: float) -> None:
-        """*deadline* is monotonic."""
+    def __init__(self, provider: Provider, base_url: str, seconds: float) -> None:
         self.url, self.proxy = urllib.parse.urlsplit(base_url), find_proxy(provider, base_url)
         self.host = self.url.hostname or ""
-        self._provider, self._deadline = provider, deadline
+        self._provider, self._deadline = provider, time.monotonic() + seconds
         self._path = f"providers.{provider.name}"  # in the configuration
 
     @contextlib.contextmanager
@@ -6367,7 +6364,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
-        attempt = Attempt(provider, target.base_url, until)
+        attempt = Attempt(provider, target.base_url, until - sent_at)
         with upstream.sock, attempt.at("answer"):
             yield from judge_way(attempt, upstream.sock, sent_at - began)
             phase = "HTTP"

@@ -2892,7 +2892,6 @@ ADDRESS_S: Final = 60.0  # the address that answered is taken again for so long,
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 Origin = Tuple[str, ...]  # scheme, host with port, provider
-GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
 ANSWER_HEAD_BYTES: Final = 64 * KIB  # the same; and of a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
@@ -4885,7 +4884,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parsing(self) -> Iterator[None]:
         """Wait for a place among the few that read a large or encoded body; ClientGone."""
         while not self.exchange.is_gone:
-            if self.server.parsers.acquire(timeout=GONE_CHECK_S):
+            if self.server.parsers.acquire(timeout=TICK_S):
                 try:
                     yield
                 finally:
@@ -6438,7 +6437,7 @@ def check_upstreams(state: State) -> Finding:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
+        thread.join(max(0, until + TICK_S - time.monotonic()))
     upstreams = []
     for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
         verdict = max((row["verdict"] for row in findings), key=list(VERDICTS).index)

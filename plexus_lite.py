@@ -2591,7 +2591,7 @@ FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
 SECRET_FILE_BYTES: Final = 64 * KIB  # a larger one is something else; a Codex sign-in takes 5 KiB
 RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI has the same
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
-LOCK_WAIT_S: Final = 60.0  # for another thread, which may have to connect and wait for its answer
+LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
 Warn = Callable[[str], None]
 Fields = Sequence[Field]
 AskIssuer = Callable[[Provider, bytes], Tuple[int, bytes]]  # sends a form; returns status and body of the answer
@@ -2703,16 +2703,24 @@ def open_private(name: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def lock_file(path: str) -> Iterator[None]:
-    """Hold the file *path* as a lock among processes; the death of its holder frees it.  OSError."""
+    """Hold the file *path* as a lock among processes; the death of its holder frees it.  OSError after LOCK_WAIT_S."""
     with open(path, "ab", opener=open_private) as file:
-        if sys.platform == "win32":
-            import msvcrt
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                if sys.platform == "win32":
+                    import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # tries it for 10 s
-        else:
-            import fcntl
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
         yield
 
 

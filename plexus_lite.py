@@ -8,7 +8,7 @@ headers that a backend routes its cache by; everything else passes through untou
     python plexus_lite.py                 serve what config.json beside this file says
     python plexus_lite.py init            print a starter configuration
     python plexus_lite.py check           say whether every upstream can be used, and what is wrong if not
-    python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
+    python plexus_lite.py report LOG...   say from its logs (also .gz; - is stdin) if the cache is warm, and if not, why
     python plexus_lite.py --help          every option and every configuration key
 
 How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets, and a
@@ -63,6 +63,7 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
+import argparse
 import base64
 import bisect
 import codecs
@@ -72,7 +73,6 @@ import email.utils
 import errno
 import functools
 import gc
-import getopt
 import hashlib
 import hmac
 import http
@@ -325,22 +325,16 @@ REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is n
 
 
 class Setting(NamedTuple):
-    """A key of the file; its name is that of the member that it is assigned to."""
+    """A key of the file; its name is that of the member that it stands for."""
 
-    default: Any
     read: Read[Any]
+    default: Any
     text: str  # for the reference
-    is_secret: bool  # kept out of every repr, and so out of every traceback
 
 
-class Check(Generic[T]):
-    """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
-
-    def __init__(self, read: Read[T]) -> None:
-        self.read = read
-
-    def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
-        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Settings put one in its place
+def setting(read: Read[T], default: D, text: str) -> Union[T, D]:
+    """Declare a key of the file: *read* checks what stands there."""
+    return Setting(read, default, text)  # type: ignore[return-value]  # Settings puts one of these in its place
 
 
 def join_path(path: str, name: str) -> str:
@@ -355,7 +349,7 @@ def describe(value: object) -> str:
     return one_line(json.dumps(value, ensure_ascii=False))  # an answer that it stands in escapes it once more
 
 
-def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Read[Any]:
     """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
     def read(value: Any, path: str) -> Any:
@@ -364,119 +358,96 @@ def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Che
             raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
-    return Check(read)
+    return read
 
 
-def a_number(kind: Type[T], minimum: float, maximum: float) -> Check[T]:
+def a_number(kind: Type[T], minimum: float, maximum: float) -> Read[T]:
     """Return a check for a number from *minimum* to *maximum*, whole if *kind* is int; true and false are none."""
     wanted = f"a{' whole' if kind is int else ''} number from {minimum:g} to {maximum:g}"
     return expect(wanted, lambda value: type(value) in (int, kind) and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check[str]:
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Read[str]:
     return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
-def one_of(*allowed: str) -> Check[str]:
+def one_of(*allowed: str) -> Read[str]:
     return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(item: Check[T], wanted: str, least: int = 0) -> Check[Tuple[T, ...]]:
+def a_list(item: Read[T], wanted: str = "a list", least: int = 0) -> Read[Tuple[T, ...]]:
     whole = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
-    return Check(
-        lambda value, path: tuple(item.read(one, f"{path}[{at}]") for at, one in enumerate(whole.read(value, path)))
-    )
+    return lambda value, path: tuple(item(one, f"{path}[{at}]") for at, one in enumerate(whole(value, path)))
 
 
-def an_object(wanted: str = "an object") -> Check[Dict[str, Any]]:
+def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
     """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
     return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
-def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
+def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
     """Return a check for an object that has what *item* checks under names of the user's choice."""
-
-    def read(value: Any, path: str) -> Mapping[str, T]:
-        if "" in an_object(wanted).read(value, path):
-            raise ConfigError(path, "a name must not be empty")
-        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
-
-    return Check(read)
+    whole = an_object(wanted)
+    return lambda value, path: {name: item(one, f"{path}.{name}") for name, one in whole(value, path).items()}
 
 
 def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
     """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
-    for name in an_object().read(value, path):
+    for name in an_object()(value, path):
         if name not in reads:
             raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
     return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
 
 
-a_string: Final[Check[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
-a_flag: Final[Check[bool]] = expect("true or false", lambda value: isinstance(value, bool))
+a_string: Final[Read[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
+a_flag: Final[Read[bool]] = expect("true or false", lambda value: isinstance(value, bool))
 a_time: Final = a_number(float, 0.001, 86400)
 a_time_or_0: Final = a_number(float, 0, 86400)
 a_size: Final = a_number(int, 1024, 2**40)
 a_price: Final = a_number(float, 0, 10**6)
-model_names: Final = a_list(a_string, "a list of model names")
-an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
-a_worker_count: Final[Check[Union[int, str]]] = expect(
+a_string_list: Final = a_list(a_string)
+a_worker_count: Final[Read[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
-a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", object
-)
-a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
-)
-a_token: Final = a_text(TOKEN, "a header field name")
+a_secret: Final = a_text(r"(?!file:)[!-~]+|file:[^\0]+", "a string of visible ASCII, or file:PATH", object)
+a_field_value: Final = a_text(r"[!-~]([ -~]*[!-~])?", "a string of printable ASCII without spaces around it", object)
 
 
-@Check
 def a_field_name(value: Any, path: str) -> str:
-    if a_token.read(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+    if a_text(TOKEN, "a header field name")(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
 
-@Check
 def an_affinity_header(value: Any, path: str) -> str:
-    if a_field_name.read(value, path).lower() in CREDENTIALS | REBUILT:
+    if a_field_name(value, path).lower() in CREDENTIALS | REBUILT:
         raise ConfigError(path, f"{value} has a value of its own, so the session value cannot stand in it")
     return str(value)
 
 
-@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    seen: Set[str] = set()
-    for name in an_object("an object of header names and values").read(value, path):
-        if a_field_name.read(name, f"{path}.{name}").lower() in seen:
-            raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
-        seen.add(name.lower())
-    return tuple(a_map(a_field_value).read(value, path).items())
+    fields = a_map(a_field_value, "an object of header names and values")(value, path)
+    names = {a_field_name(name, f"{path}.{name}").lower() for name in fields}
+    if len(names) < len(fields):
+        raise ConfigError(path, "a header stands twice, once in another case")
+    return tuple(fields.items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise problem
-    try:
+    with contextlib.suppress(ValueError):  # of a port, too, when it is asked for
         parts = urllib.parse.urlsplit(value)
-        host = parts.hostname or ""
-        if "[" in parts.netloc:
-            ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
         # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
-        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host)
+        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", parts.hostname or "")
         if parts.scheme in ("http", "https") and is_host and parts.port != 0:
             return parts
-    except ValueError:  # the port is looked at only when it is asked for
-        pass
     raise problem
 
 
-@Check
 def a_base_url(value: Any, path: str) -> str:
     """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
     wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
@@ -486,21 +457,19 @@ def a_base_url(value: Any, path: str) -> str:
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-@Check
 def a_replica(value: Any, path: str) -> str:
-    return str(value) if value in ("demo://", "oauth://") else a_base_url.read(value, path)
+    return str(value) if value in ("demo://", "oauth://") else a_base_url(value, path)
 
 
 def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
-        return (a_replica.read(value, path),)
-    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1).read(value, path)
+        return (a_replica(value, path),)
+    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1)(value, path)
     if len(set(urls)) < len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
 
 
-@Check
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
@@ -513,14 +482,15 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     return found
 
 
-@Check
+def model_access(value: Any, path: str) -> Tuple[str, ...]:
+    return read_object(value, path, {"access_via": a_list(one_of(*APIS))}).get("access_via", APIS)
+
+
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        return dict.fromkeys(model_names.read(value, path), APIS)
-    entry = Check(lambda value, path: read_object(value, path, {"access_via": an_api_list.read}))
-    entries = a_map(entry, "a list of model names, or an object").read(value, path)
-    return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
+        return dict.fromkeys(a_string_list(value, path), APIS)
+    return a_map(model_access, "a list of model names, or an object")(value, path)
 
 
 class ForwardProxy(NamedTuple):
@@ -545,7 +515,6 @@ def join_authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-@Check
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
     """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
     if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
@@ -567,9 +536,10 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
 
 
 class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
-    """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
+    """What an object of the file says: its keys are the members that a subclass declares with setting().
 
-    It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
+    It never changes, and has no repr of its own: no traceback shows a credential.  Not a dataclass: the import of
+    those takes longer than all else that is done here.
     """
 
     rows: ClassVar[Mapping[str, Setting]]
@@ -578,21 +548,14 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
         cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        members = {name: row.default for name, row in self.rows.items()}
-        members.update(zip(self.rows, values), **named)
-        if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
-            raise TypeError(f"{type(self).__name__}: a member is missing, or there is none of that name: {list(named)}")
-        vars(self).update(members)
+        vars(self).update({name: row.default for name, row in self.rows.items()})
+        vars(self).update(zip(self.rows, values), **named)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be set; see _replace")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _replace(self: S, **changes: Any) -> S:
         """Return a copy with *changes*, as that of a NamedTuple does."""
@@ -609,80 +572,72 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
 
 
 class Limits(Settings):
-    max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
-    max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
-    max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
-    max_connections = a_number(int, 1, 10**6)(1024, "client connections at one time")
-    header_timeout_s = a_time(15, "for the whole head of a request")
-    body_timeout_s = a_time(60, "for the whole body of a request")
-    connect_timeout_s = a_time(10, "to reach an upstream, TLS included")
-    first_byte_timeout_s = a_time(600, "until an upstream's answer begins")
-    idle_timeout_s = a_time(300, "an upstream silent in the middle of an answer")
-    stall_timeout_s = a_time(300, "a client that does not read its answer")
-    client_idle_s = a_time(75, "a client's connection without a request")
-    pool_idle_s = a_time(60, "an upstream connection without a request; at most 128 idle per target")
-    drain_s = a_time_or_0(30, "running answers may take this long after SIGTERM")
-    keepalive_s = a_time_or_0(15, "comment after this silence in an event stream; 0 = none")
-    pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
+    max_body_bytes = setting(a_size, 100 * MIB, "largest request body, also after decoding")
+    max_buffered_bytes = setting(a_size, 1024 * MIB, "request bodies held at one time, all clients together")
+    max_header_bytes = setting(a_size, 64 * KIB, "largest head of a request, and of an upstream's answer")
+    max_connections = setting(a_number(int, 1, 10**6), 1024, "client connections at one time")
+    header_timeout_s = setting(a_time, 15, "for the whole head of a request")
+    body_timeout_s = setting(a_time, 60, "for the whole body of a request")
+    connect_timeout_s = setting(a_time, 10, "to reach an upstream, TLS included")
+    first_byte_timeout_s = setting(a_time, 600, "until an upstream's answer begins")
+    idle_timeout_s = setting(a_time, 300, "an upstream silent in the middle of an answer")
+    stall_timeout_s = setting(a_time, 300, "a client that does not read its answer")
+    client_idle_s = setting(a_time, 75, "a client's connection without a request")
+    pool_idle_s = setting(a_time, 60, "an upstream connection without a request; at most 128 idle per target")
+    drain_s = setting(a_time_or_0, 30, "running answers may take this long after SIGTERM")
+    keepalive_s = setting(a_time_or_0, 15, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s = setting(a_time, 1800, "a session moved by a failover returns after this much idle time")
 
 
 class Key(Settings):
-    secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
-    models = model_names(None, "the only models it may use; absent = all")
-    admin = a_flag(False, "the status page shows it the sessions of all keys")
+    secret = setting(a_secret, REQUIRED, "what the client sends, or file:PATH")
+    models = setting(a_string_list, None, "the only models it may use; absent = all")
+    admin = setting(a_flag, False, "the status page shows it the sessions of all keys")
 
 
 class Price(Settings):
-    input = a_price(REQUIRED, "per million input tokens that were not cached")
-    cached = a_price(REQUIRED, "per million cached input tokens")
-    output = a_price(0, "per million output tokens")
+    input = setting(a_price, REQUIRED, "per million input tokens that were not cached")
+    cached = setting(a_price, REQUIRED, "per million cached input tokens")
+    output = setting(a_price, 0, "per million output tokens")
 
 
 class Provider(Settings):
-    api_base_url = base_urls(
-        REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
+    api_base_url = setting(
+        base_urls, REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo://, oauth://'
     )
-    models = provider_models(
-        REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
-    )
-    api_key = a_secret(None, "sent as Authorization: Bearer; or file:PATH", True)
-    auth = one_of("key", "passthrough")("key", '"passthrough" sends the client\'s own credentials')
-    auth_file = a_string(None, "of oauth://; default: the Codex CLI's auth.json")
-    oauth_refresh = a_flag(False, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url = a_base_url("https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
-    oauth_token_url = a_base_url("https://auth.openai.com/oauth/token", "who renews the tokens")
-    oauth_client_id = a_string("app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
-    account = a_string(None, "who can read its encrypted_content; default: the provider")
-    headers = header_fields((), "static headers; they win over all", True)
-    session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
-        SESSION_SPELLINGS, "the spellings that leave"
-    )
-    affinity_headers = a_list(an_affinity_header, "a list of header names")(
-        (), "further headers that receive the session value"
-    )
-    wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")
-    ca_file = a_string(None, "PEM file of CAs, added to the system's roots")
-    client_cert = a_string(None, "PEM file of our certificate, for upstreams that ask for one")
-    client_key = a_string(None, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy = a_proxy(None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True)
-    connect_timeout_s = a_time(None, "overrides limits.connect_timeout_s")
-    first_byte_timeout_s = a_time(None, "overrides limits.first_byte_timeout_s")
-    idle_timeout_s = a_time(None, "overrides limits.idle_timeout_s")
-    enabled = a_flag(True, "false takes it out")
+    models = setting(provider_models, REQUIRED, 'names, or {name: {"access_via": [...]}}; "*" = every other name')
+    api_key = setting(a_secret, None, "sent as Authorization: Bearer; or file:PATH")
+    auth = setting(one_of("key", "passthrough"), "key", '"passthrough" sends the client\'s own credentials')
+    auth_file = setting(a_string, None, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh = setting(a_flag, False, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url = setting(a_base_url, "https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
+    oauth_token_url = setting(a_base_url, "https://auth.openai.com/oauth/token", "who renews the tokens")
+    oauth_client_id = setting(a_string, "app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
+    account = setting(a_string, None, "who can read its encrypted_content; default: the provider")
+    headers = setting(header_fields, (), "static headers; they win over all")
+    session_headers = setting(a_list(one_of(*SESSION_SPELLINGS)), SESSION_SPELLINGS, "the spellings that leave")
+    affinity_headers = setting(a_list(an_affinity_header), (), "further headers that receive the session value")
+    wait_on_429_s = setting(a_time_or_0, 0, "wait this long in all before a 429 is handed on")
+    ca_file = setting(a_string, None, "PEM file of CAs, added to the system's roots")
+    client_cert = setting(a_string, None, "PEM file of our certificate, for upstreams that ask for one")
+    client_key = setting(a_string, None, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy = setting(a_proxy, None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY')
+    connect_timeout_s = setting(a_time, None, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s = setting(a_time, None, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s = setting(a_time, None, "overrides limits.idle_timeout_s")
+    enabled = setting(a_flag, True, "false takes it out")
     name: str = ""
 
     @classmethod
     def parse(cls, value: Any, path: str) -> "Provider":
         """Return also what its place, providers.NAME, and its oauth:// mean."""
         provider = super().parse(value, path)._replace(name=path.partition(".")[2])
-        has_sign_in = "oauth://" in provider.urls()
-        for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
-            if getattr(provider, member) != cls.rows[member].default:
-                raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
-        if not has_sign_in:
+        if "oauth://" not in provider.urls():
+            if provider.auth_file or provider.oauth_refresh:
+                raise ConfigError(path, "auth_file and oauth_refresh go only with oauth://")
             return provider
-        if provider.api_base_url != {"responses": ("oauth://",)}:
-            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+        if provider.api_key or provider.auth != "key" or provider.api_base_url != {"responses": ("oauth://",)}:
+            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no api_key, auth, other URL or chat")
         return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
@@ -699,22 +654,19 @@ class Provider(Settings):
 
     def timeout_s(self, name: str, limits: Limits) -> float:
         """Return the timeout *name*: its own, else that of *limits*."""
-        own: Optional[float] = getattr(self, name)
-        return float(getattr(limits, name)) if own is None else own
+        return float(getattr(self, name) or getattr(limits, name))
 
 
 class AliasTarget(Settings):
-    provider = a_string(REQUIRED, "name of a provider")
-    model = a_string(REQUIRED, "the provider's name of the model")
-    weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
-    group = a_number(int, 1, 1000)(1, "used when every target of lower groups is out")
-    enabled = a_flag(True, "false takes it out")
+    provider = setting(a_string, REQUIRED, "name of a provider")
+    model = setting(a_string, REQUIRED, "the provider's name of the model")
+    weight = setting(a_number(float, 0.001, 1000), 1, "share of the sessions")
+    group = setting(a_number(int, 1, 1000), 1, "used when every target of lower groups is out")
+    enabled = setting(a_flag, True, "false takes it out")
 
 
 class Alias(Settings):
-    targets = a_list(Check(AliasTarget.parse), "a list of at least one target", least=1)(
-        REQUIRED, "where the alias leads"
-    )
+    targets = setting(a_list(AliasTarget.parse, "a list of at least one target", 1), REQUIRED, "where the alias leads")
 
 
 class Replica(NamedTuple):
@@ -742,23 +694,23 @@ class Target(Replica):
 
 
 class Tls(Settings):
-    cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
-    key = a_string(None, "PEM file of its private key; absent = it is in cert")
+    cert = setting(a_string, REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key = setting(a_string, None, "PEM file of its private key; absent = it is in cert")
 
 
 class Config(Settings):
-    providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
-    host = a_string("127.0.0.1", "address to listen on")
-    port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
-    tls = Check(Tls.parse)(None, "serve https; absent = http")
-    keys = a_map(Check(Key.parse))({}, "clients' keys by name")
-    workers = a_worker_count(1, 'processes that share the port; "auto" = one per core')
-    cpu_affinity = a_flag(True, "bind each process to a core: threads that share a GIL lose by moving")
-    allow_anonymous = a_flag(False, "listen beyond loopback without keys")
-    hosts = a_list(a_string, "a list of host names")((), "names a Host header may have")
-    models = a_map(Check(Alias.parse))({}, "aliases by name")
-    prices = a_map(Check(Price.parse))({}, "by model name")
-    limits = Check(Limits.parse)(Limits(), "sizes, times")
+    providers = setting(a_map(Provider.parse), REQUIRED, "upstreams by name")
+    host = setting(a_string, "127.0.0.1", "address to listen on")
+    port = setting(a_number(int, 0, 65535), 4000, "port to listen on; 0 = any free one")
+    tls = setting(Tls.parse, None, "serve https; absent = http")
+    keys = setting(a_map(Key.parse), {}, "clients' keys by name")
+    workers = setting(a_worker_count, 1, 'processes that share the port; "auto" = one per core')
+    cpu_affinity = setting(a_flag, True, "bind each process to a core: threads that share a GIL lose by moving")
+    allow_anonymous = setting(a_flag, False, "listen beyond loopback without keys")
+    hosts = setting(a_string_list, (), "names a Host header may have")
+    models = setting(a_map(Alias.parse), {}, "aliases by name")
+    prices = setting(a_map(Price.parse), {}, "by model name")
+    limits = setting(Limits.parse, Limits(), "sizes, times")
 
 
 def is_loopback(host: str) -> bool:
@@ -782,8 +734,7 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
         if default is None and name not in variables:
-            remedy = f"${{{name}:-default}} gives a default"
-            raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
+            raise ConfigError(path, f"the environment variable {name} is not set; ${{{name}:-default}} gives a default")
         return variables.get(name) or default or ""
 
     pattern = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"
@@ -836,7 +787,7 @@ def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
     """Refuse two keys that cannot be told apart; those in files have been read."""
-    for name, key in reversed(list(keys.items())):
+    for name, key in keys.items():
         for other, one in keys.items():
             if name != other and f"{key.secret}:".startswith(f"{one.secret}:"):  # SECRET:label is the key SECRET
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
@@ -870,8 +821,7 @@ def parse_config(value: Any) -> Config:
     check_names(config)
     check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
     if not (config.keys or config.allow_anonymous or is_loopback(config.host)):
-        remedy = "set keys, or allow_anonymous to true"
-        raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
+        raise ConfigError("host", f"{config.host} is beyond loopback: set keys, or allow_anonymous to true")
     return config
 
 
@@ -1243,14 +1193,14 @@ Span = Tuple[int, int]
 Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
 
 
-def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
+def parse_json(text: str) -> Any:
     """Return what *text* stands for; JSONDecodeError has the place of what is wrong.  Nesting is a RecursionError.
 
     Of NaN, Infinity and long numbers, the decoder tells no place.  With a 0 for their first character, they are a
     mistake whose place it tells; in a string, a fraction or an exponent, that 0 is none.
     """
     try:
-        return decoder.decode(text)
+        return JSON_DECODER.decode(text)
     except json.JSONDecodeError:
         raise
     except ValueError as error:
@@ -2938,8 +2888,8 @@ class Credentials:
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Loop; Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
-#    connect_tcp, open_tunnel, start_tls; make_server_context; load_zstd.  Knows no client and no policy.  What an
-#    error of the system or of TLS on that way means is said here (reason_of), and nowhere else.
+#    Attempt, make_tls_context; make_server_context; load_zstd.  Knows no client and no policy.  What an error of the
+#    system or of TLS on that way means is said here (reason_of), and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2950,7 +2900,6 @@ ADDRESS_S: Final = 60.0  # the address that answered is taken again for so long,
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 Origin = Tuple[str, ...]  # scheme, host with port, provider
-GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
 ANSWER_HEAD_BYTES: Final = 64 * KIB  # the same; and of a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
@@ -2965,17 +2914,6 @@ TLS_FAILURES: Final = (
     ("key values mismatch|key type mismatch", "the key does not match the certificate"),
     ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
 )
-# The same for certificates that are refused: X509_V_ERR_..., "expired" if it is, "ca_file" if the provider has one.
-NO_ROOT: Final = "(18|19|20|21)"  # self-signed, or no way to a root
-REFUSALS: Final = (
-    (NO_ROOT + ".* ca_file", "is signed by {signer}, which is neither among the system's roots nor in {path}.ca_file"),
-    (NO_ROOT + r"\b", "is signed by {signer}, which is not trusted; set {path}.ca_file"),
-    ("10 expired", "expired on {end}"),
-    (r"10\b", "is signed by {signer}: that certificate or one above it has expired; check {path}.ca_file"),
-    (r"9\b", "is refused: {words}; check the clock of this machine"),
-    ("62|64", "is for {names}, not for {host}; check {path}.api_base_url"),
-    ("", "is refused: {words}"),
-)
 
 
 def do_nothing(*_: object) -> None:
@@ -2986,14 +2924,13 @@ class Loop:
     """A selector, calls from other threads, and a tick.  run() returns after stop()."""
 
     patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-    _woken = _stopped = False
+    _stopped = False
     _thread = 0
     _alarm: Tuple[float, Callable[[], None]] = (math.inf, do_nothing)  # when (monotonic), what
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # protects _calls and _woken
-        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
+        self._calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
         self.now = time.monotonic()
@@ -3005,19 +2942,13 @@ class Loop:
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
+        self.wakeup_fd = self._wake_write.fileno()  # for signal.set_wakeup_fd: a signal ends the wait at once
         self.watch(self._wake_read, READ, self._drain_wakeups)
-
-    @property
-    def wakeup_fd(self) -> int:
-        """For signal.set_wakeup_fd: a signal ends the wait at once."""
-        return self._wake_write.fileno()
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in the loop's thread, soon.  Other threads may use this and hand(), and no more."""
-        with self._lock:
-            self._calls.append((function, arguments))
-            wake, self._woken = not self._woken and not self.is_this_thread(), True
-        if wake:
+        self._calls.append((function, arguments))
+        if not self.is_this_thread():
             with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
                 self._wake_write.send(b"\0")
 
@@ -3093,10 +3024,9 @@ class Loop:
                 self.guard(self.on_tick, self.now)
 
     def _make_calls(self) -> None:
-        """A function of its own, or the last calls would keep their arguments, a request with its body, say."""
-        with self._lock:
-            calls, self._calls, self._woken = self._calls, [], False
-        for function, arguments in calls:
+        """A function of its own, or the last call would keep its arguments, a request with its body, say."""
+        for _ in range(len(self._calls)):  # those that come meanwhile have the next round
+            function, arguments = self._calls.popleft()
             self.guard(function, *arguments)
 
     def _take_turns(self, busy_s: float) -> None:
@@ -3173,11 +3103,6 @@ class UpstreamConnection:
             if sent < len(view):
                 self.unsent.append(view[sent:])
 
-    def close(self) -> None:
-        """Close what no loop watches."""
-        with contextlib.suppress(OSError):
-            self.sock.close()
-
 
 class OutboundRequest(urllib.request.Request):
     """A request with its header fields exactly as given: urllib's own table would change their case and merge them.
@@ -3196,16 +3121,15 @@ class OutboundRequest(urllib.request.Request):
         fields: Sequence[Field],
         body: Optional[bytes] = None,
         *,
-        is_gone: Callable[[], bool] = lambda: False,
         fresh: bool = False,
         may_wait: bool = True,
     ) -> None:
-        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made, unless is_gone()."""
+        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made."""
         url = urllib.parse.urlsplit(target.base_url)  # which remembers
         self.type, self.host, self.selector = url.scheme, url.netloc, url.path + path
         self._full_url, self.fragment = target.base_url + path, None
         self.target, self.method, self.fields, self.body = target, method, fields, body
-        self.is_gone, self.fresh, self.may_wait = is_gone, fresh, may_wait
+        self.fresh, self.may_wait = fresh, may_wait
 
     def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
         """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
@@ -3248,7 +3172,7 @@ class Transport(urllib.request.BaseHandler):
     def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         """Send *request* as far as the upstream takes it now; return the connection on which its answer will come.
 
-        None if that needs a new connection, and *request* may not wait for one.  UpstreamError, ClientGone.
+        None if that needs a new connection, and *request* may not wait for one.  UpstreamError.
         """
         return self._opener.open(request, timeout=None)  # type: ignore[no-any-return]
 
@@ -3259,15 +3183,12 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
-        attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
         try:
-            connection.send_some()  # what is left
-            answer, content = read_whole(connection.sock, attempt)
-            return answer.status, content
+            with connection.sock:
+                answer, content = Attempt(provider, target.base_url, ISSUER_S).read_answer(connection.sock)
+                return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
-        finally:
-            connection.close()
 
     # -- the pool: what is in it is watched by the loop, so that what the upstream closes leaves it at once ---------
 
@@ -3279,28 +3200,24 @@ class Transport(urllib.request.BaseHandler):
         connection.idle_since, connection.reused = time.monotonic(), True
         with self._lock:
             idle = self._idle[connection.origin]
-            is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN
-            if is_kept:
+            if self._is_closed or len(idle) >= MAX_IDLE_PER_ORIGIN:
+                self.loop.close(connection.sock)
+            else:
                 idle.append(connection)
-        if is_kept:
-            self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
-        else:
-            self.loop.close(connection.sock)
+                self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
 
     def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
         """An idle connection has something to say: its end, what nobody asked for, or a TLS session ticket."""
         with self._lock:
             idle = self._idle[connection.origin]
-            is_idle = connection in idle
-            if is_idle:  # else a thread has taken it, and what comes is the answer: attach() will watch it again
-                with contextlib.suppress(OSError):
-                    if receive(connection.sock) is None:
-                        return
-                idle.remove(connection)
-        if is_idle:
+            if connection not in idle:  # a thread has taken it, and what comes is the answer: attach() will watch it
+                self.loop.watch(connection.sock, 0)
+                return
+            with contextlib.suppress(OSError):
+                if receive(connection.sock) is None:
+                    return
+            idle.remove(connection)
             self.loop.close(connection.sock)
-        else:
-            self.loop.watch(connection.sock, 0)
 
     def expire(self, now: float) -> None:
         """Close what has been idle for pool_idle_s; the oldest stand first."""
@@ -3335,16 +3252,15 @@ class Transport(urllib.request.BaseHandler):
 
     def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
         """Return an idle connection on which nothing has come since the loop looked: it would be read as the answer."""
-        while True:
-            with self._lock:
-                idle = self._idle[origin]
-                connection = idle.pop() if idle else None
-            if connection is None:
-                return None
-            with contextlib.suppress(OSError):
-                if receive(connection.sock) is None:
-                    return connection
-            self.loop.hand(self.loop.close, connection.sock)
+        with self._lock:
+            idle = self._idle[origin]
+            while idle:
+                connection = idle.pop()
+                with contextlib.suppress(OSError):
+                    if receive(connection.sock) is None:
+                        return connection
+                self.loop.hand(self.loop.close, connection.sock)
+        return None
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
@@ -3353,6 +3269,7 @@ class Transport(urllib.request.BaseHandler):
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
+            sock.setblocking(False)
             sock.connect_ex(address)
             error = sock.connect_ex(address)  # says how far it is: at once there, if the upstream is on this machine
             if error in (0, errno.EISCONN, errno.EALREADY, errno.EINPROGRESS, errno.EWOULDBLOCK):
@@ -3367,25 +3284,21 @@ class Transport(urllib.request.BaseHandler):
         self._addresses.pop(connection.origin, None)
 
     def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
+        provider = request.target.provider
+        attempt = Attempt(provider, request.target.base_url, provider.timeout_s("connect_timeout_s", self._limits))
         if request.type == "demo":
             sock = self._connect_demo()
-            sock.setblocking(False)
-            return UpstreamConnection(sock, origin)
-        provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = find_proxy(provider, request.target.base_url)
-        seconds = provider.timeout_s("connect_timeout_s", self._limits)
-        attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
-        sock = reach(url, proxy, attempt)
+        elif request.type == "https":
+            sock = attempt.connect_tls(self._contexts[provider.name], self._sessions.get(origin))
+        else:
+            sock = attempt.connect()
+        sock.setblocking(False)
+        connection = UpstreamConnection(sock, origin, attempt.proxy if request.type == "http" else None)
         if request.type == "http":
             with contextlib.suppress(OSError):  # it has closed already
-                self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
-            return UpstreamConnection(sock, origin, proxy)
-        try:
-            session = self._sessions.get(origin)
-            tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
-        except ssl.SSLCertVerificationError as error:
-            raise explain_refusal(error, url, proxy, attempt) from None
-        return UpstreamConnection(tls, origin)
+                address = sock.getpeername()
+                self._addresses[origin] = (sock.family, address, connection.proxy, time.monotonic() + ADDRESS_S)
+        return connection
 
 
 # -- the way to an upstream: name, TCP, forward proxy, TLS --------------
@@ -3400,47 +3313,6 @@ def closing_on_error(sock: socket.socket) -> Iterator[None]:
         raise
 
 
-class Attempt(NamedTuple):
-    """One attempt to reach an upstream: for whom, until when (monotonic), and whether nobody waits for it any more."""
-
-    provider: Provider
-    deadline: float
-    is_gone: Callable[[], bool]
-
-    @contextlib.contextmanager
-    def at(self, phase: str) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
-        try:
-            yield
-        except TimeoutError:
-            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
-            raise UpstreamError(message, "upstream_timeout") from None
-        except ssl.SSLCertVerificationError:
-            raise
-        except (OSError, MalformedHTTP) as error:
-            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
-
-    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
-        """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
-
-        Else closes *sock*; TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
-        """
-        # epoll would cost a descriptor
-        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector, closing_on_error(sock):
-            selector.register(sock, WRITE)
-            while not self.is_gone():
-                left = self.deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError("it took too long")
-                if selector.select(min(left, GONE_CHECK_S)):
-                    try:
-                        return step(*values)
-                    except BLOCKED as error:
-                        is_full = isinstance(error, ssl.SSLWantWriteError)
-                        selector.modify(sock, WRITE if is_full else READ)
-            raise ClientGone
-
-
 def reason_of(error: Exception, path: str = "") -> str:
     """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -3448,91 +3320,6 @@ def reason_of(error: Exception, path: str = "") -> str:
         return text
     plain = re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
     return next((meaning.format(path) for words, meaning in TLS_FAILURES if re.search(words, text)), plain)
-
-
-def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
-    """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    name = authority = join_authority(host, port)
-    if proxy:
-        host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
-    with attempt.at(f"address of {host}"):
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    with attempt.at(f"connection to {name}"):
-        sock = connect_tcp(addresses, attempt)
-    if proxy and url.scheme == "https":
-        with attempt.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
-            open_tunnel(sock, proxy, authority, attempt)
-    return sock
-
-
-def connect_tcp(addresses: List[Any], attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
-    for family, _, _, _, address in addresses:
-        sock = new_socket(family)
-        problem = sock.connect_ex(address)
-        if problem in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # it is under way; Windows has the latter
-            problem = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
-        if not problem:
-            return sock
-        sock.close()
-    raise OSError(problem, os.strerror(problem))
-
-
-def new_socket(family: int) -> socket.socket:
-    """Return a TCP socket that never blocks."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-    return sock
-
-
-def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
-    """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
-    while b"\r\n\r\n" not in data:
-        if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
-            raise ConnectionError("it does not answer in HTTP/1.1")
-        more = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
-        if not more:
-            raise ConnectionError("it closed the connection")
-        data += more
-    end = data.index(b"\r\n\r\n") + 4
-    return read_answer_head(data[:end]), data[end:]
-
-
-def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes]:
-    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
-    head, data = read_head(sock, attempt)
-    while head.status < 200:  # it announces another one
-        head, data = read_head(sock, attempt, data)
-    reader = answer_body(head)
-    body = reader.feed(data)
-    while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
-        body += reader.feed(data)
-        if not data and reader.at_end():
-            break
-        if not data:
-            raise ConnectionError("it broke off")
-    return head, body
-
-
-def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
-    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
-    fields = render_fields([("Host", authority), *proxy.fields()])
-    sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-    answer, more = read_head(sock, attempt)
-    if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
-        raise wrong_password(proxy, attempt.provider)
-    if not 200 <= answer.status < 300:
-        raise ConnectionError(f"it answered {answer.status}")
-    if more:  # a TLS server does not speak first: these bytes are nobody's
-        raise ConnectionError("it answered more than a head")
-
-
-def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
-    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
-    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
 
 
 def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
@@ -3547,17 +3334,165 @@ def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     return a_proxy_url(found if "://" in found else "http://" + found, path)  # others take host:port there, too
 
 
-def start_tls(
-    sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
-) -> ssl.SSLSocket:
-    """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
-    with attempt.at(f"TLS handshake with {host}"):
-        # A ragged end must be an error: for a body that ends with the connection it is a cut.
-        tls = context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
-        )
-        attempt.finish(tls, tls.do_handshake)
-        return tls
+def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
+    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
+    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
+
+
+def new_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+    return sock
+
+
+class Attempt:
+    """One attempt to reach what stands at a URL, within some seconds.  Its calls block: they are not for the loop."""
+
+    def __init__(self, provider: Provider, base_url: str, seconds: float) -> None:
+        self.url, self.proxy = urllib.parse.urlsplit(base_url), find_proxy(provider, base_url)
+        self.host = self.url.hostname or ""
+        self._provider, self._deadline = provider, time.monotonic() + seconds
+        self._path = f"providers.{provider.name}"  # in the configuration
+
+    @contextlib.contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile."""
+        try:
+            yield
+        except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
+            message = f"no {phase} within the connect_timeout_s of {self._provider.name}"
+            raise UpstreamError(message, "upstream_timeout") from None
+        except ssl.SSLCertVerificationError as error:
+            raise self._explain_refusal(error) from None
+        except (OSError, MalformedHTTP) as error:
+            raise UpstreamError(f"no {phase}: {reason_of(error, self._path)}") from None
+
+    def _limit(self, sock: socket.socket) -> socket.socket:
+        """Return *sock*, whose next call may take until the deadline; TimeoutError if that has passed."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long")
+        sock.settimeout(left)
+        return sock
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the host; with a proxy, one to that, and for https its tunnel to the host."""
+        is_https, proxy = self.url.scheme == "https", self.proxy
+        host, port = self.host, self.url.port or (443 if is_https else 80)
+        name = authority = join_authority(host, port)
+        if proxy:
+            host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
+        with self.at(f"address of {host}"):
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with self.at(f"connection to {name}"):
+            sock = self._connect_tcp(addresses)
+        if proxy and is_https:
+            with self.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
+                self._open_tunnel(sock, proxy, authority)
+        return sock
+
+    def _connect_tcp(self, addresses: List[Any]) -> socket.socket:
+        """Return a socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
+        for family, _, _, _, address in addresses:
+            sock = new_socket(family)
+            try:
+                self._limit(sock).connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+    def _open_tunnel(self, sock: socket.socket, proxy: ForwardProxy, authority: str) -> None:
+        """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
+        fields = render_fields([("Host", authority), *proxy.fields()])
+        sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+        answer, more = self._read_head(sock)
+        if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
+            raise wrong_password(proxy, self._provider)
+        if not 200 <= answer.status < 300:
+            raise ConnectionError(f"it answered {answer.status}")
+        if more:  # a TLS server does not speak first: these bytes are nobody's
+            raise ConnectionError("it answered more than a head")
+
+    def connect_tls(self, context: ssl.SSLContext, session: Optional[ssl.SSLSession] = None) -> ssl.SSLSocket:
+        """Return what connect() does, after the handshake with the host."""
+        sock = self.connect()
+        with self.at(f"TLS handshake with {self.host}"):
+            # A ragged end must be an error: for a body that ends with the connection it is a cut.
+            tls = context.wrap_socket(
+                sock,
+                server_hostname=self.host,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                session=session,
+            )
+            with closing_on_error(tls):
+                self._limit(tls)
+                tls.do_handshake()
+                return tls
+
+    def _explain_refusal(self, error: ssl.SSLCertVerificationError) -> UpstreamError:
+        """Return what is wrong with the certificate of the host, and what to configure."""
+        code, meaning = error.verify_code, f"is refused: {error.verify_message}"
+        with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
+            shown = self._refused_certificate()
+            signed = f"is signed by {describe(common_name(shown['issuer']))}"
+            end = ssl.cert_time_to_seconds(shown["notAfter"])
+            if code in (18, 19, 20, 21):  # X509_V_ERR_...: self-signed, or no way to a root
+                verb = "check" if self._provider.ca_file else "set"
+                meaning = f"{signed}, which is not trusted; {verb} {self._path}.ca_file"
+            elif code in (62, 64):  # another name, or address
+                names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
+                meaning = f"is for {names or 'no name at all'}, not for {self.host}; check {self._path}.api_base_url"
+            elif code == 10 and end < time.time():
+                meaning = time.strftime("expired on %Y-%m-%d", time.gmtime(end))
+            elif code == 10:
+                meaning = f"{signed}: that certificate or one above it has expired; check {self._path}.ca_file"
+            elif code == 9:  # it is not valid yet
+                meaning += "; check the clock of this machine"
+        return UpstreamError(f"certificate of {self.host} {meaning}")
+
+    def _refused_certificate(self) -> Mapping[str, Any]:
+        """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
+
+        After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its
+        connection never carries a request and ends at once.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with self.connect_tls(context) as tls:
+            context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse; without it getpeercert() shows nothing
+            return tls.getpeercert() or {}
+
+    def _read_head(self, sock: socket.socket, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
+        """Return the head of the answer that begins with *data*, and what came after it.  OSError, MalformedHTTP."""
+        while b"\r\n\r\n" not in data:
+            if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
+                raise ConnectionError("it does not answer in HTTP/1.1")
+            more = self._limit(sock).recv(RECEIVE_BYTES)
+            if not more:
+                raise ConnectionError("it closed the connection")
+            data += more
+        end = data.index(b"\r\n\r\n") + 4
+        return read_answer_head(data[:end]), data[end:]
+
+    def read_answer(self, sock: socket.socket) -> Tuple[AnswerHead, bytes]:
+        """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
+        head, data = self._read_head(sock)
+        while head.status < 200:  # it announces another one
+            head, data = self._read_head(sock, data)
+        reader = answer_body(head)
+        body = reader.feed(data)
+        while not reader.done and len(body) < WHOLE_BODY_BYTES:
+            data = self._limit(sock).recv(RECEIVE_BYTES)
+            body += reader.feed(data)
+            if not data and reader.at_end():
+                break
+            if not data:
+                raise ConnectionError("it broke off")
+        return head, body
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -3623,39 +3558,6 @@ def say_goodbye(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError, ValueError):  # ValueError: that has been done
             sock.unwrap()
-
-
-def explain_refusal(
-    error: ssl.SSLCertVerificationError, url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> UpstreamError:
-    """Return what is wrong with the certificate of the host of *url*, and what to configure."""
-    provider, case = attempt.provider, ""
-    facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
-    with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
-        shown = peer_certificate(url, proxy, attempt)
-        names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
-        end = ssl.cert_time_to_seconds(shown["notAfter"])
-        date, signer = time.strftime("%Y-%m-%d", time.gmtime(end)), describe(common_name(shown["issuer"]))
-        facts.update(end=date, signer=signer, names=names or "no name at all")
-        case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
-    meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
-    return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
-
-
-def peer_certificate(
-    url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> Mapping[str, Any]:
-    """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
-
-    After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its connection
-    never carries a request and ends at once.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
-        context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse anything; without it getpeercert() shows nothing
-        return tls.getpeercert() or {}
 
 
 def common_name(name: Any) -> str:
@@ -4990,7 +4892,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parsing(self) -> Iterator[None]:
         """Wait for a place among the few that read a large or encoded body; ClientGone."""
         while not self.exchange.is_gone:
-            if self.server.parsers.acquire(timeout=GONE_CHECK_S):
+            if self.server.parsers.acquire(timeout=TICK_S):
                 try:
                     yield
                 finally:
@@ -5052,7 +4954,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head.method,
             fields,
             body,
-            is_gone=lambda: exchange.is_gone,
             fresh=exchange.was_stale or bool(exchange.refused),
             may_wait=may_wait,
         )
@@ -6382,14 +6283,12 @@ STATUSES: Final = (
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
     ("", "ok", "reached; it lists no models"),
 )
-# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
-# three for those with TLS.
+# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env".
 VARIABLES: Final = (
     ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
     ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
     ("ssl_cert_(file|dir)", "taken in place of the system's roots"),
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
-    ("sslkeylogfile", "not used: keys of connections are never written"),
 )
 Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; for --json its figures, too
 Judgement = Tuple[str, str]  # verdict, text
@@ -6447,9 +6346,8 @@ def judge_certificate(sock: ssl.SSLSocket) -> Finding:
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
-    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
-    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
+    for pattern, text in VARIABLES[has_env:]:
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
@@ -6473,11 +6371,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
-        attempt = Attempt(provider, until, lambda: False)
-        with contextlib.closing(upstream), attempt.at("answer"):
-            yield from judge_way(target, upstream.sock, sent_at - began)
+        attempt = Attempt(provider, target.base_url, until - sent_at)
+        with upstream.sock, attempt.at("answer"):
+            yield from judge_way(attempt, upstream.sock, sent_at - began)
             phase = "HTTP"
-            answer, raw = read_whole(upstream.sock, attempt)
+            answer, raw = attempt.read_answer(upstream.sock)
         if answer.status == 407 and upstream.proxy:
             raise wrong_password(upstream.proxy, provider)
         ms, body = round((time.monotonic() - sent_at) * 1000, 1), None
@@ -6505,11 +6403,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took))
 
 
-def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
+def judge_way(attempt: Attempt, sock: socket.socket, seconds: float) -> Iterator[Finding]:
     """Say where *sock* leads, after *seconds*, and what was shown there."""
-    if target.base_url == "demo://":
+    if attempt.url.scheme == "demo":
         return
-    proxy, address, ms = find_proxy(target.provider, target.base_url), "closed since", round(seconds * 1000, 1)
+    proxy, address, ms = attempt.proxy, "closed since", round(seconds * 1000, 1)
     with contextlib.suppress(OSError):
         address = join_authority(*sock.getpeername()[:2])
     way = f"through the proxy {proxy.name}" if proxy else "direct"
@@ -6547,7 +6445,7 @@ def check_upstreams(state: State) -> Finding:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
+        thread.join(max(0, until + TICK_S - time.monotonic()))
     upstreams = []
     for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
         verdict = max((row["verdict"] for row in findings), key=list(VERDICTS).index)
@@ -6556,27 +6454,21 @@ def check_upstreams(state: State) -> Finding:
     return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
 
 
-def render_checkups(found: Mapping[str, Any], width: int) -> str:
-    """Return what check_upstreams has found, for a terminal of *width* columns."""
-    import textwrap
-
-    rows = []  # the column of further lines, text
+def render_checkups(found: Mapping[str, Any]) -> str:
+    """Return what check_upstreams has found, a line for each finding."""
+    lines = []
     for one in found["upstreams"]:
-        rows.append((0, f"{one['provider']}  {one['base_url']}"))
-        rows += [(17, f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}") for row in one["findings"]]
-    rows += [(6, f"note: {note}") for note in found["notes"]]
+        lines.append(f"{one['provider']}  {one['base_url']}")
+        lines += [f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}" for row in one["findings"]]
+    lines += [f"note: {note}" for note in found["notes"]]
     verdicts = [one["verdict"] for one in found["upstreams"]]
     summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in VERDICTS.items() if name in verdicts)
-    rows.append((0, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"))
-    return "\n".join(
-        line
-        for indent, text in rows
-        for line in textwrap.wrap(one_line(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)
-    )
+    lines.append(f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}")
+    return "\n".join(map(one_line, lines))
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- STARTER, HELP, parse_options, read_config, make_state, load_state, the commands, main: options, the
+# 17  CLI -- STARTER, parse_options, read_config, make_state, load_state, the commands, main: options, the
 #    configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
@@ -6584,121 +6476,71 @@ STARTER: Final = """\
 {
   "host": "127.0.0.1",
   "port": 4000,
-  "providers": {
-    "demo": {
-      "api_base_url": "demo://",
-      "models": ["demo-model"]
-    }
-  }
+  "providers": {"demo": {"api_base_url": "demo://", "models": ["demo-model"]}}
 }"""
-HELP: Final = """\
-usage: plexus_lite.py [COMMAND] [OPTION...]
-
-A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
-
-commands:
-  serve              what is done without one
-  init               print a starter configuration
-  check              ask every upstream whether it can be used, at no cost
-  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin
-
-options:
-  --config PATH      configuration (PLEXUS_CONFIG, or config.json beside this file)
-  --host HOST        listen on this address instead of the configuration's
-  --port PORT        listen on this port instead; 0 = any free one
-  --log-file PATH    write the log there instead of stderr; SIGHUP reopens it
-  --log-level LEVEL  error, warning, info (a line for each request; the default) or debug
-  --json             report, check: JSON instead of tables
-  --version, --help
-
-configuration keys (default):
-"""
-
-
-class Options(NamedTuple):
-    """The command line; None is what it leaves to the configuration."""
-
-    command: str = "serve"
-    files: Sequence[str] = ()
-    json: bool = False
-    config: Optional[str] = None
-    host: Optional[str] = None
-    port: Optional[int] = None
-    log_file: Optional[str] = None
-    log_level: str = "info"
 
 
 def write_out(text: str) -> None:
     """Write what was asked for to stdout, all of it; a reader that has left, as `head` does, had what it wanted."""
-    data = (text + "\n").encode("utf-8", "backslashreplace")
     try:
-        while data:
-            data = data[os.write(1, data) :]
+        with open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as stdout:
+            stdout.write(text + "\n")
     except BrokenPipeError:
         pass
     except OSError as error:
         raise ConfigError("stdout", f"cannot be written: {error.strerror}") from None
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it.
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what the command line says; None is what it leaves to the configuration.
 
-    ConfigError for a host or port that the file could not have either.
+    SystemExit after --help and --version, and for what is wrong.
     """
-    names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
-    try:
-        found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
-        given: Dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in found}
-        if given.keys() & {"h", "help", "version"}:
-            write_out(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
-            raise SystemExit(EXIT_OK)
-        command, *files = operands or ["serve"]
-        has_json = given.pop("json", None) is not None
-        problems = {
-            f"there is no command {command}": command not in COMMANDS,
-            f"{command} {'needs a' if command == 'report' else 'reads no'} LOG": bool(files) != (command == "report"),
-            f"{command} has no --json": has_json and command not in ("check", "report"),
-            f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                raise getopt.GetoptError(problem)
-    except getopt.GetoptError as error:
-        print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
-    if re.fullmatch("[0-9]{1,9}", given.get("port", "")):
-        given["port"] = int(given["port"])
-    for name in given.keys() & {"host", "port"}:
-        Config.rows[name].read(given[name], f"--{name}")
-    return Options(command, files, has_json, **given)
+    parser = argparse.ArgumentParser(
+        usage="plexus_lite.py [COMMAND] [OPTION...]",
+        description=str(__doc__).partition("\n\nHow a request travels")[0],
+        epilog="configuration keys (default):\n" + render_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)")
+    add("--host", help="listen on this address instead of the configuration's")
+    add("--port", type=int, help="listen on this port instead; 0 = any free one")
+    add("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
+    add("--log-level", choices=LEVELS, default="info", help="info, the default, has a line for each request")
+    add("--json", action="store_true", help="report, check: JSON instead of tables")
+    add("--version", action="store_true")
+    add("-h", "--help", action="store_true")
+    options = parser.parse_intermixed_args(arguments)  # options and operands in any order
+    if options.help or options.version:
+        write_out(f"plexus_lite {__version__}" if options.version else parser.format_help().rstrip())
+        raise SystemExit(EXIT_OK)
+    options.command, *options.files = options.words or ["serve"]
+    if options.command not in COMMANDS:
+        parser.error(f"there is no command {options.command}")
+    if bool(options.files) != (options.command == "report"):
+        parser.error("report needs a LOG, and no other command reads one")
+    return options
 
 
-def read_config(path: str, options: Options) -> Config:
+def read_config(path: str, options: argparse.Namespace) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
-        if not text.strip():
-            raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-        decoder = json.JSONDecoder(
-            object_pairs_hook=unique_members, parse_constant=refuse_constant, parse_int=JSON_DECODER.parse_int
-        )
-        value = expand_variables(parse_json(text, decoder), os.environ)
+        parse_json(text)
+        value = expand_variables(json.loads(text, object_pairs_hook=unique_members), os.environ)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
         raise ConfigError("", f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError("", "is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError("", "nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = given
+            value[name] = Config.rows[name].read(given, f"--{name}")
     return parse_config(value)
 
 
@@ -6711,15 +6553,13 @@ def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 def raise_descriptor_limit(config: Config) -> None:
     """Two descriptors a connection: raise the soft limit as far as needed and allowed.  Windows has none."""
-    if sys.platform == "win32":
-        return
-    import resource
+    if sys.platform != "win32":
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.limits.max_connections + 256
-    if 0 <= soft < wanted:  # -1 is no limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * config.limits.max_connections + 256
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
 
 
 def cores() -> List[int]:
@@ -6752,33 +6592,25 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-# Python 3.14 has taken __file__ away by the time that run_main begins.
-CONFIG_BESIDE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
-
-
-def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
-    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(CONFIG_BESIDE)
+def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
+    beside = os.path.join(os.path.dirname(sys.argv[0]), "config.json")
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or beside
     try:
-        return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
+        config = read_config(path, options)
+        raise_descriptor_limit(config)
+        return make_state(config, demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:
         raise ConfigError("", f"{path}: {error}") from None
 
 
-def serve(options: Options) -> int:
-    demo, ticket_secret = DemoBackend(), secrets.token_bytes(32)
-
-    def load() -> State:
-        state = load_state(options, demo, ticket_secret)
-        raise_descriptor_limit(state.config)
-        return state
-
+def serve(options: argparse.Namespace) -> int:
+    load = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
-    options = options._replace(host=config.host)
+    options.host = config.host
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
-    threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -6790,9 +6622,8 @@ def serve(options: Options) -> int:
     first.join()
     try:
         listener = listen(config.host, config.port)
-    except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
-        reason = getattr(error, "strerror", None) or error
-        say(f"cannot listen on {config.host} port {config.port}: {reason}", 2)
+    except (OSError, TypeError, ValueError) as error:  # the latter two: it can be no name
+        say(f"cannot listen on {config.host} port {config.port}: {reason_of(error)}", 2)
         return EXIT_CANNOT_LISTEN
     announce(config, listener)
     workers = len(cores()) if config.workers == "auto" else int(config.workers)
@@ -6831,40 +6662,33 @@ def announce(config: Config, listener: socket.socket) -> None:
         say(one_line(f"  {name} -> {targets}"))
 
 
-def init(_: Options) -> int:
+def init(_: argparse.Namespace) -> int:
     write_out(STARTER)
     return EXIT_OK
 
 
-def report(options: Options) -> int:
+def report(options: argparse.Namespace) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
-    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    # The console of Windows takes the bytes for another encoding.
+    bars = os.isatty(1) and sys.platform != "win32" and sys.stdout.encoding.lower() == "utf-8"
     width = shutil.get_terminal_size((100, 24)).columns
     write_out(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 
-def check(options: Options) -> int:
+def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
-    threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    write_out(json.dumps(found) if options.json else render_checkups(found, width))
+    write_out(json.dumps(found) if options.json else render_checkups(found))
     has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
-COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
-    "serve": serve,
-    "init": init,
-    "check": check,
-    "report": report,
-}
+COMMANDS: Final = {"serve": serve, "init": init, "check": check, "report": report}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -6873,6 +6697,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
+    threading.stack_size(STACK_BYTES)
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         return COMMANDS[options.command](options)

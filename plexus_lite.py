@@ -5195,9 +5195,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
-        self._begun: List[Exchange] = []  # and no digests taken yet
-        self._ended: List[Exchange] = []  # and not observed yet
-        self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
+        self._waiting: List[Tuple[Callable[[Any], None], Any]] = []  # for a quiet moment, in this order
+        self._max_waiting = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
         self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show since
         self._shown_at = -math.inf  # this time of the loop
         self._draining = False
@@ -5206,7 +5205,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()  # the base class made one for itself
         self.socket = listener
         state.transport.loop = self.loop
-        self.loop.on_quiet = self._observe_ended
+        self.loop.on_quiet = self._make_waiting_calls
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
         self.loop.on_error = self._end_broken
@@ -5219,7 +5218,7 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             for client in list(self.clients):
                 client.cut()
-            self._observe_ended()
+            self._make_waiting_calls()
             self._pass_on_warnings()  # the last may be of tokens that end with this process
             self.server_close()
             self.state.transport.close()
@@ -5252,31 +5251,28 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.call(turn[1].respond_error, error)
 
     def digest_later(self, exchange: Exchange) -> None:
-        self._begun.append(exchange)
-        self._wait_for_quiet(self._begun)
+        self._call_when_quiet(exchange.digest, self.fleet)
 
     def done(self, exchange: Exchange) -> None:
-        self._ended.append(exchange)
-        self._wait_for_quiet(self._ended)
+        self._call_when_quiet(self._observe, exchange)
         if self._draining:
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
         return self._draining
 
-    def _wait_for_quiet(self, waiting: List[Exchange]) -> None:
+    def _call_when_quiet(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Observe when no client waits for anything, or before too much of it has to be done."""
+        self._waiting.append((function, argument))
         self.loop.patience_s = QUIET_S
-        if len(waiting) == self._max_ended:
-            self.loop.call(self._observe_ended)
+        if len(self._waiting) == self._max_waiting:
+            self.loop.call(self._make_waiting_calls)
 
-    def _observe_ended(self) -> None:
-        """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
-        begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
+    def _make_waiting_calls(self) -> None:
+        waiting, self._waiting = self._waiting, []
         self.loop.patience_s = TICK_S
-        for exchange in begun:
-            self.loop.guard(exchange.digest, self.fleet)
-        for exchange in ended:
-            self.loop.guard(self._observe, exchange)
+        for function, argument in waiting:
+            self.loop.guard(function, argument)
 
     def _observe(self, exchange: Exchange) -> None:
         exchange.digest(self.fleet)
@@ -5340,7 +5336,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         What is shown is published first, so that what another worker shows next is never less.
         """
-        self._observe_ended()
+        self._make_waiting_calls()
         self._publish()
         others = (self._shared.read(number) for number in range(self.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
@@ -5462,7 +5458,7 @@ class Server(http.server.ThreadingHTTPServer):
         for client in list(self.clients):
             self.loop.guard(client.tick, now)
         self._shared.clients[self._number] = len(self.clients)  # some have left
-        self._observe_ended()  # on a busy day it is never quiet
+        self._make_waiting_calls()  # on a busy day it is never quiet
         self.state.transport.expire(now)
         self._pass_on_warnings()
         if self.workers > 1:

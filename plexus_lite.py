@@ -4992,11 +4992,11 @@ class Shared:
     """What all workers see, made before the first of them: the sessions' last turns, and what each has counted, so
     that any of them can tell the sum, and one that is replaced counts on.
 
-    The counts of a worker have a place of two halves: a publication is written behind the one that is read, then takes
-    its place.  One that is not whole, being written or left by a worker that died, has a wrong checksum.
+    A worker writes its counts to two places in turn, so that one of them can be read meanwhile.  What is not whole,
+    being written or left by a worker that died, has a wrong checksum.
     """
 
-    HALF_BYTES: Final = 16 * MIB  # memory is used as far as it is written
+    PLACE_BYTES: Final = 16 * MIB  # memory is used as far as it is written
     HEAD: Final = struct.Struct("<QII")  # number of the publication, length, checksum
 
     def __init__(self, workers: int) -> None:
@@ -5005,15 +5005,14 @@ class Shared:
         self.supervisor = os.getpid()
         self.sessions = SessionTable(mmap.mmap(-1, SessionTable.BYTES))
         self.clients = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # of each worker, each written by itself
-        self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
+        self._places = [[mmap.mmap(-1, self.PLACE_BYTES) for _ in range(2)] for _ in range(workers)]
 
     def publish(self, worker: int, tally: Tally) -> None:
-        data, number = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1
-        head = (2 * worker + number % 2) * self.HALF_BYTES
-        begin = head + self.HEAD.size
-        if len(data) <= self.HALF_BYTES - self.HEAD.size:  # else far more providers than anyone has: the last one stays
-            self._memory[begin : begin + len(data)] = data
-            self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
+        data, number, begin = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1, self.HEAD.size
+        place = self._places[worker][number % 2]
+        if begin + len(data) <= len(place):  # else far more providers than anyone has: the last one stays
+            place[begin : begin + len(data)] = data
+            self.HEAD.pack_into(place, 0, number, len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
@@ -5023,12 +5022,13 @@ class Shared:
 
     def _newest(self, worker: int) -> Tuple[int, bytes]:
         """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
-        halves = []
-        for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
-            number, length, checksum = self.HEAD.unpack_from(self._memory, head)
-            data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
-            halves.append((number, data) if zlib.crc32(data) == checksum else (0, b""))
-        return max(halves)
+        found = [(0, b"")]
+        for place in self._places[worker]:
+            number, length, checksum = self.HEAD.unpack_from(place)
+            data = place[self.HEAD.size : self.HEAD.size + length]
+            if zlib.crc32(data) == checksum:
+                found.append((number, data))
+        return max(found)
 
 
 class Log:

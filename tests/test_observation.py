@@ -740,12 +740,12 @@ class SharedTest(unittest.TestCase):
         shared, tally, neighbour = plexus_lite.Shared(2), plexus_lite.Tally(), tally_of(record_of())
         shared.publish(1, neighbour)
         shared.publish(0, tally)
-        tally.misses.append({"model": "x" * shared.HALF_BYTES})
+        tally.misses.append({"model": "x" * shared.PLACE_BYTES})
         shared.publish(0, tally)
         self.assertEqual(vars(shared.read(0)), vars(plexus_lite.Tally()))
         self.assertEqual(vars(shared.read(1)), vars(neighbour))
-        place = shared._memory.find(b"6b01c344dbe5")
-        shared._memory[place : place + 1] = b"7"
+        (place,) = (place for place in shared._places[1] if b"6b01c344dbe5" in place[:10_000])
+        place[place.find(b"6b01c344dbe5")] = ord("7")
         self.assertEqual(vars(shared.read(1)), vars(plexus_lite.Tally()))
 
 

@@ -5315,15 +5315,11 @@ class Server(http.server.ThreadingHTTPServer):
         busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
         resting = self.fleet.resting(self.loop.now)
         tally.open = {}
-        cooling: Dict[Labels, float] = {}
-        tally.counts["plexus_targets_cooling"] = cooling
         for provider in self.state.config.providers.values():
-            cooling[(provider.name,)] = 0
             for url in provider.urls():
                 place = Target(provider, url, "").place
                 rests = [rest_s for name, rest_s in resting.items() if name.startswith(place)]
-                tally.open[provider.name, url] = (busy[place], round(max(rests, default=0.0)))
-                cooling[(provider.name,)] += len(rests)
+                tally.open[provider.name, url] = (busy[place], math.ceil(max(rests, default=0)))
         tally.counts["plexus_cooldowns_total"] = {(name,): count for name, count in self.fleet.cooldowns().items()}
         tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
         for name, value in process_figures().items():
@@ -5340,6 +5336,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._publish()
         others = (self._shared.read(number) for number in range(self.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
+        for (provider, _), (_, rest_s) in total.open.items():
+            total.count("plexus_targets_cooling", (provider,), rest_s > 0)
         total.counts["plexus_build_info"] = {(__version__, sys.version.split()[0]): 1}
         total.counts["process_start_time_seconds"] = {(): self.started}
         return total

@@ -5608,7 +5608,6 @@ class DemoBackend:
 
     def __init__(self) -> None:
         self._prefixes: Remembered[str] = Remembered(1000 * self.SHARDS)  # digests, of the shard too
-        self.responses: Remembered[str] = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
         """Return a socket on which the demo upstream answers; a thread serves it until that socket is closed."""
@@ -5644,24 +5643,17 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        response_id = self.path.rpartition("/")[2]
-        stored = self.server.responses.get(response_id, 0.0)
         if self.path == "/models":  # "*": any; the echo is for `check`
             echo = {name.lower(): value for name, value in self.headers.items() if name.lower() not in CREDENTIALS}
             self._send({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
-        elif stored is None:
-            self._send({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
-        elif self.command == "DELETE":
-            self.server.responses.forget(response_id)
-            self._send({"id": response_id, "object": "response", "deleted": True})
         else:
-            self._send(json.loads(stored))
+            self._send({"error": {"message": "the demo keeps no responses", "type": "invalid_request_error"}}, 404)
 
     do_DELETE = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not body:  # .../cancel: no response runs on without its request, so there is none to be cancelled
+        if not body:  # .../cancel
             return self.do_GET()
         if self.headers.get("Content-Encoding"):
             return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
@@ -5680,9 +5672,6 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         usage.update(output_tokens_details={"reasoning_tokens": 0}, total_tokens=total + words)
         response = {"id": "resp_" + token, "object": "response", "created_at": int(time.time()), "status": "completed"}
         response.update(model=request.get("model"), output=[item], usage=usage)
-        if path.endswith("/compact"):
-            return self._send({**response, "object": "response.compaction"})
-        self.server.responses.put("resp_" + token, json.dumps(response), 0.0)
         return self._send(self._events_of(response, item, part) if request.get("stream") else response)
 
     def _events_of(self, response: Dict[str, Any], item: Dict[str, Any], part: Dict[str, Any]) -> Iterator[bytes]:

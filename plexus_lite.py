@@ -5655,9 +5655,10 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if not body:  # .../cancel
             return self.do_GET()
-        if self.headers.get("Content-Encoding"):
-            return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
-        request, path = json.loads(body), self.path.partition("?")[0]
+        raw = decode_content(body, self.headers.get("Content-Encoding", ""), KIB * MIB, load_zstd)
+        if raw is None:
+            return self._send({"error": {"message": "unknown encoding", "type": "invalid_request_error"}}, 415)
+        request, path = json.loads(raw), self.path.partition("?")[0]
         session = self.headers.get("session_id") or self.headers.get("session-id")
         shard, total, cached = self.server.read_prompt(session, request)
         if path.endswith("/input_tokens"):

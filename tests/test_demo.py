@@ -1,5 +1,6 @@
 """Room 13: the demo upstream shows the main job without any network."""
 
+import gzip
 import json
 import os
 import unittest
@@ -150,6 +151,14 @@ class DemoTest(unittest.TestCase):
         path = "/v1/responses/" + self.ask().json()["id"]
         for method, rest in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
             self.assertEqual(exchange(self.proxy.port, build_request(method, path + rest, key=None)).status, 404)
+
+    def test_compressed_bodies_are_read(self):
+        """pi 0.87 and Codex, signed in, send no others."""
+        body = gzip.compress(json.dumps({"model": self.model, "input": TEXT}).encode())
+        got = post(self.proxy.port, "/v1/responses", body, {"Content-Encoding": "gzip"}, key=None)
+        self.assertEqual(got.status, 200)
+        got = post(self.proxy.port, "/v1/responses", body, {"Content-Encoding": "br"}, key=None)
+        self.assertEqual(got.status, 415)
 
     def test_many_at_once_and_many_on_one_connection(self):
         clients = [RawClient(self.proxy.port) for _ in range(20)]

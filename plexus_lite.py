@@ -5744,15 +5744,12 @@ main > *, form { position: relative; min-width: 0; padding: 1rem; background: va
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; }
 .value { font-size: 1.75rem; line-height: 1.25; font-weight: 600; }
 .plot { display: grid; grid-template-columns: 2.75rem minmax(0, 1fr); gap: .5rem; margin-top: .75rem; }
-.plot > * { grid-column: 2; }
-.plot > .scale { grid-column: 1; flex-direction: column; text-align: right; margin: -.375rem 0; }
-.scale, .hours { display: flex; justify-content: space-between; font-size: .75rem; line-height: 1; color: var(--mute); }
-.hours span { flex: 1; }
-.plot svg { width: 100%; height: 3.5rem; overflow: visible; } .plot .curve { height: 7rem; }
-path { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
-path.good { stroke: currentColor; stroke-width: 2; }
+.plot p { display: flex; justify-content: space-between; font-size: .75rem; line-height: 1; color: var(--mute); }
+.scale { flex-direction: column; text-align: right; margin: -.375rem 0; }
+.hours { grid-column: 2; } .hours span { flex: 1; }
+.plot svg { width: 100%; height: 7rem; border-bottom: 1px solid var(--line); }
 .good { color: var(--good); } .half { color: var(--half); } .miss { color: var(--miss); } .none { color: var(--none); }
-rect { fill: currentColor; } rect.pale { opacity: .22; } rect.clear { opacity: 0; }
+rect { fill: currentColor; } rect.pale { opacity: .22; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .875rem .375rem 0; text-align: left; vertical-align: top; font-weight: normal;
   border-top: 1px solid var(--line); }
@@ -5808,8 +5805,7 @@ const share = (cached, input) => input && cached != null ? cached / input : null
 const percent = part => part == null ? "\u2013" : (100 * part).toFixed(1) + "\u00a0%";
 const grade = part => part == null ? "none" : part >= .8 ? "good" : part >= .5 ? "half" : "miss";
 const sum = (rows, column) => rows.reduce((total, row) => total + row[column], 0);
-const known = rows => rows.filter(row => row[2] != null); // rows: [time, input tokens, cached tokens, ...]
-const rate = rows => share(sum(known(rows), 2), sum(known(rows), 1));
+const rate = rows => share(sum(rows, 2), sum(rows, 1)); // rows: [time, input tokens, cached tokens, ...]
 
 function clock(at, length = 8) {
   const time = times.format(1000 * at).slice(0, length);
@@ -5823,7 +5819,7 @@ function explain(reason, place) {
 }
 
 function el(tag, attributes, ...children) {
-  const drawn = ["svg", "g", "rect", "path", "title"].includes(tag);
+  const drawn = ["svg", "g", "rect", "title"].includes(tag);
   const node = document.createElementNS(`http://www.w3.org/${drawn ? "2000/svg" : "1999/xhtml"}`, tag);
   for (const [name, value] of Object.entries(attributes)) if (value != null) node.setAttribute(name, value);
   const plain = child => child.replace?.(/\p{Bidi_C}/gu, "\ufffd") ?? child; // no name turns its neighbours round
@@ -5861,49 +5857,40 @@ function table(title, empty, rows, name, columns) {
         el("tr", {role: "row", "data-row": name(row)}, columns.map(cell(row)))))));
 }
 
-const rect = (kind, x, width, height) => el("rect", {class: kind, x, width, y: 100 - height, height});
-const svg = (kind, width, attributes, ...children) => // *width* by 100 units, stretched to any size
-  el("svg", {class: kind, viewBox: `0 0 ${width} 100`, preserveAspectRatio: "none", ...attributes}, children);
+// A chart with room for *count* columns, [place, text, kind, share from the cache] each, stretched to any size.
+function chart(count, attributes, columns) {
+  const rect = (kind, place, height) => el("rect", {class: kind, x: 8 * place, width: 6, y: 100 - height, height});
+  return el("svg", {viewBox: `0 0 ${8 * count} 100`, preserveAspectRatio: "none", ...attributes},
+    columns.map(([place, text, kind, part]) => el("g", {}, el("title", {}, text),
+      rect(kind + " pale", place, 100), rect(kind, place, Math.max(8, 100 * part)))));
+}
 
 function turns(session) {
   if (!session.turns.length) return "no usage known";
-  const told = session.turns.map(([at, input, cached, reason]) =>
-    `${clock(at)}: ${percent(share(cached, input))}, ${of(cached, input)}` + (reason ? ", " + reason : ""));
-  const bars = session.turns.map(([, input, cached, reason], place) => {
+  const columns = session.turns.map(([at, input, cached, reason], place) => {
     const part = share(cached, input), kind = reason === "first_request" ? "none" : grade(part);
-    return el("g", {}, el("title", {}, told[place]),
-      rect(kind + " pale", 8 * place, 6, 100), rect(kind, 8 * place, 6, 8 + 92 * part));
+    return [place, `${clock(at)}: ${percent(part)}, ${of(cached, input)}` + (reason ? ", " + reason : ""), kind, part];
   });
+  const told = columns.map(([, text]) => text);
   return el("details", {class: "turns"},
     el("summary", {"aria-label": `turns: ${told.length}, the last at ${told.slice(-1)}`},
-      svg("", 160, {"aria-hidden": true}, bars)),
+      chart(20, {"aria-hidden": true}, columns)),
     el("ol", {}, told.map(text => el("li", {}, text))));
 }
 
-// Two plots with a column for each minute: the share that came from the cache, and the tokens.
 function plot(minutes, first) {
-  const most = Math.max(0, ...minutes.map(minute => minute[1])), rates = [], loads = [];
-  let step = "", before = 0, worst = minutes[0];
-  for (const [at, input, cached, requests] of minutes) {
-    const x = (at - first) / 60, part = share(cached, input);
+  const columns = minutes.map(([at, input, cached, requests]) => {
+    const part = share(cached, input);
     const text = `${clock(at, 5)}: ${percent(part)}, ${of(cached, input)} tokens, requests: ${requests}`;
-    rates.push(rect("good pale", x, 1, 100 * part), el("g", {}, el("title", {}, text), rect("clear", x, 1, 100)));
-    loads.push(rect("half", x + .1, .8, 100 * input / most), rect("good", x + .1, .8, 100 * cached / most));
-    step += (at - before === 60 ? "V" : `M${x} `) + (100 - 100 * part) + "h1";
-    before = at;
-    if (part < rate([worst])) worst = [at, input, cached];
-  }
-  const text = most ? `${percent(rate(minutes))} of ${count(sum(minutes, 1))} input tokens came from the cache; the `
+    return [(at - first) / 60, text, grade(part), part];
+  });
+  const [worst] = [...minutes].sort((one, other) => rate([one]) - rate([other]));
+  const text = worst ? `${percent(rate(minutes))} of ${count(sum(minutes, 1))} input tokens came from the cache; the `
     + `worst minute was ${clock(worst[0], 5)} with ${percent(rate([worst]))}.` : "No tokens in this hour.";
-  const axis = (kind, ...marks) => el("div", {class: kind}, marks.map(mark => el("span", {}, mark)));
+  const axis = (kind, ...marks) => el("p", {class: kind}, marks.map(mark => el("span", {}, mark)));
   return el("figure", {class: "wide"}, el("h2", {}, "The last hour"), el("figcaption", {class: "note"}, text),
-    el("div", {class: "plot"}, el("p", {class: "note"}, "Hit rate"), axis("scale", "100 %", "50 %", "0 %"),
-      svg("curve", 60, {role: "img", "aria-label": "Hit rate by the minute: " + text},
-        el("path", {d: "M0 0H60M0 50H60M0 100H60"}), rates, el("path", {class: "good", d: step})),
-      el("p", {class: "note"}, "Input tokens a minute, ", el("span", {class: "good"}, "\u25a0 from the cache"),
-        ", ", el("span", {class: "half"}, "\u25a0 read anew")), axis("scale", most ? count(most) : "", "0"),
-      svg("load", 60, {role: "img", "aria-label": "Input tokens by the minute, at most " + count(most)},
-        el("path", {d: "M0 0H60M0 100H60"}), loads),
+    el("div", {class: "plot"}, axis("scale", "100 %", "50 %", "0 %"),
+      chart(60, {role: "img", "aria-label": "Hit rate by the minute: " + text}, columns),
       axis("hours", ...[0, 15, 30, 45].map(minute => clock(first + 60 * minute, 5)))));
 }
 

@@ -5794,7 +5794,7 @@ const REASONS = {__proto__: null,
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
 };
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
-let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
+let key = "", paused = false, stream = null, timer = 0, attempt = 0, retry_s = 5, latest = null, skew_s = 0;
 
 const days = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short"});
 const times = new Intl.DateTimeFormat("en-GB", {timeStyle: "medium"});
@@ -5958,9 +5958,8 @@ function stop(text) {
 }
 
 function lost(reason) {
-  stop(`connection lost (${reason}), next try in ${wait_s} s`);
-  timer = setTimeout(start, 1000 * wait_s);
-  wait_s = Math.min(2 * wait_s, 30);
+  stop(`connection lost (${reason}), next try in ${retry_s} s`);
+  timer = setTimeout(start, 1000 * retry_s);
 }
 
 function ask() {
@@ -5992,7 +5991,6 @@ async function start() { // a ticket for the key, then a stream for the ticket
 function show(event) {
   latest = JSON.parse(event.data);
   skew_s = latest.now - Date.now() / 1000;
-  wait_s = 1;
   view.hidden = pause.hidden = false;
   if (byId("state").textContent !== "live") byId("state").textContent = "live"; // a screen reader says it once
   draw();

@@ -462,7 +462,7 @@ class ScriptedTest(PageTest):
 
     def test_lost_connection_is_said_and_found_again(self):
         self.show(busy())
-        self.tab.run("wait_s = .05")
+        self.tab.run("retry_s = .05")
         self.server.set(broken=True)
         self.wait_for_state("connection lost")
         self.wait_for_state("connection lost (shutting down)")
@@ -490,7 +490,7 @@ class ScriptedTest(PageTest):
 
     def test_key_that_was_withdrawn_is_asked_for_again(self):
         self.show(busy())
-        self.tab.run("wait_s = .05")
+        self.tab.run("retry_s = .05")
         self.server.set(key=KEY, broken=True)
         self.wait_for_state("connection lost")
         self.server.set(broken=False)

@@ -5791,6 +5791,7 @@ const REASONS = {__proto__: null,
   below_minimum: "under 1,024 tokens: too short to be cached",
   moved: "it went to another target than the turn before it",
   idle: "over 5 minutes after the turn before it: the cache may have been dropped",
+  prefix_changed: "the first thing that changed: all from there on must be read again",
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
 };
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
@@ -5810,12 +5811,6 @@ const rate = rows => share(sum(rows, 2), sum(rows, 1)); // rows: [time, input to
 function clock(at, length = 8) {
   const time = times.format(1000 * at).slice(0, length);
   return latest.now - at < 20 * 3600 ? time : `${days.format(1000 * at)}, ${time}`;
-}
-
-function explain(reason, place) {
-  if (reason !== "prefix_changed") return REASONS[reason] || "";
-  const what = place == null ? "something" : typeof place === "number" ? "input item " + place : "the " + place;
-  return what + " changed: everything from there on must be read again";
 }
 
 function el(tag, attributes, ...children) {
@@ -5911,6 +5906,7 @@ function tables(d, now) {
   const number = (label, name) => [label, row => count(row[name]), "num"];
   const hit = ["Hit rate", row => percent(share(row.cached_tokens, row.input_tokens)), "num"];
   const named = (text, ...small) => [el("code", {}, text), el("small", {}, small.filter(Boolean).join(", "))];
+  const changed = at => typeof at === "number" ? "input item " + at : at;
   const whose = row => [row.model, row.provider, d.all_sessions && row.key];
   const rest_s = row => Math.ceil(row.cooling_s - now + d.now), bad = text => el("span", {class: "miss"}, text);
   return [
@@ -5927,7 +5923,7 @@ function tables(d, now) {
         ["When", row => clock(row.last), "num"]]),
     table("Latest misses", "No miss so far.", d.misses, row => row.ts + " " + row.session, [
       ["Turn", row => named(row.session || "no session", clock(row.ts), ...whose(row))],
-      ["Why", row => named(row.miss_reason, explain(row.miss_reason, row.prefix_changed_at)), "long"],
+      ["Why", row => named(row.miss_reason, changed(row.prefix_changed_at), REASONS[row.miss_reason]), "long"],
       ["Cached", row => of(row.cached_tokens, row.input_tokens), "num long"]]),
     table("Latest errors", "No error so far.", d.errors, row => row.id, [
       ["Error", row => named(`${row.status} ${row.error || ""}`, ...whose(row))],

@@ -347,7 +347,7 @@ class ScriptedTest(PageTest):
         rate = 100 * sum(one[3] for one in recent) / sum(one[2] for one in recent)
         for text in (f"{rate:.1f}\u00a0%", "38.22", "12.34 spent",
                      "gpt-5.4-mini", "http://gpu2:8000/v1", "cooling, ", "healthy",
-                     "5feceb66ffc8", "input item 7 changed", "the tools changed", "it went to another target",
+                     "5feceb66ffc8", "input item 7, the first", "tools, the first", "it went to another target",
                      "502 upstream_connection_error", data["errors"][0]["id"], "seen by key alice"):  # fmt: skip
             self.assertIn(text, self.tab.run(TEXT))
         self.assertNotRegex(self.tab.run(TEXT), "NaN|undefined|null|No request yet")

@@ -4992,12 +4992,12 @@ class Shared:
     """What all workers see, made before the first of them: the sessions' last turns, and what each has counted, so
     that any of them can tell the sum, and one that is replaced counts on.
 
-    A worker writes its counts to two places in turn, so that one of them can be read meanwhile.  What is not whole,
-    being written or left by a worker that died, has a wrong checksum.
+    A worker writes its counts to the older of two places, so that the other one can be read meanwhile.  What is not
+    whole, being written or left by a worker that died, has a wrong checksum.
     """
 
     PLACE_BYTES: Final = 16 * MIB  # memory is used as far as it is written
-    HEAD: Final = struct.Struct("<QII")  # number of the publication, length, checksum
+    HEAD: Final = struct.Struct("<QII")  # when (monotonic ns, the same in all processes), length, checksum
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -5008,27 +5008,22 @@ class Shared:
         self._places = [[mmap.mmap(-1, self.PLACE_BYTES) for _ in range(2)] for _ in range(workers)]
 
     def publish(self, worker: int, tally: Tally) -> None:
-        data, number, begin = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1, self.HEAD.size
-        place = self._places[worker][number % 2]
+        data, begin = marshal.dumps(vars(tally)), self.HEAD.size
+        place = min(self._places[worker], key=self.HEAD.unpack_from)
         if begin + len(data) <= len(place):  # else far more providers than anyone has: the last one stays
             place[begin : begin + len(data)] = data
-            self.HEAD.pack_into(place, 0, number, len(data), zlib.crc32(data))
+            self.HEAD.pack_into(place, 0, time.monotonic_ns(), len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
-        tally, (number, data) = Tally(), self._newest(worker)
-        vars(tally).update(marshal.loads(data) if number else {})
-        return tally
-
-    def _newest(self, worker: int) -> Tuple[int, bytes]:
-        """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
-        found = [(0, b"")]
+        tally, found = Tally(), [(0, marshal.dumps({}))]
         for place in self._places[worker]:
-            number, length, checksum = self.HEAD.unpack_from(place)
+            when, length, checksum = self.HEAD.unpack_from(place)
             data = place[self.HEAD.size : self.HEAD.size + length]
-            if zlib.crc32(data) == checksum:
-                found.append((number, data))
-        return max(found)
+            if length and zlib.crc32(data) == checksum:
+                found.append((when, data))
+        vars(tally).update(marshal.loads(max(found)[1]))
+        return tally
 
 
 class Log:

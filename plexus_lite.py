@@ -5432,7 +5432,6 @@ class Server(http.server.ThreadingHTTPServer):
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         limit, shared = self.state.config.limits.max_connections, self._shared
         client = ClientConnection(self, sock, peer)
-        shared.clients[self._number] = len(self.clients)
         # All workers together; but where they are many elsewhere, that costs no worker its own share.
         if sum(shared.clients) >= limit and shared.workers * len(self.clients) >= limit:
             # One whose last answer is out gives way, or the one idle longest, as in nginx: its client opens another.
@@ -5554,16 +5553,14 @@ class Supervisor:
     def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        pid = -1
-        while pid < 0:
+        pid = None
+        while pid is None:
             hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
             try:
                 pid = -1 if self._stopping else os.fork()
             except OSError as error:  # no process or memory left: the other workers go on
                 hold_signals(False)
                 self._rest(f"worker {number} cannot be started: {error.strerror}; again in {pause:g} s", pause)
-            else:
-                break
         if not pid:
             code = EXIT_CHECK_FAILED
             try:

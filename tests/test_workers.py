@@ -135,6 +135,7 @@ class WorkersTest(unittest.TestCase):
         server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
         made = [unittest.mock.Mock(is_closed=False, phase=None, idle_since=number) for number in range(count)]
         for one in made:
+            shared.clients[0] = len(server.clients)
             one.can_give_way.return_value = can_give_way
             one.close.side_effect = functools.partial(setattr, one, "is_closed", True)
             with unittest.mock.patch.object(plexus_lite, "ClientConnection", return_value=one):

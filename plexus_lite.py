@@ -176,7 +176,7 @@ MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what fol
 ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, what RFC 9659 allows a zstd body; its header alone could claim gigabytes
 MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
 QUIET_S: Final = 0.002  # requests that ended are looked at after this long without work: their clients come first
-MAX_ENDED: Final = 4  # or when there are so many: all at once must not keep other clients waiting
+MAX_WAITING: Final = 8  # or when so many calls wait, two a request: all at once must not keep other clients waiting
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
 HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
@@ -5191,7 +5191,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
         self._waiting: List[Tuple[Callable[[Any], None], Any]] = []  # for a quiet moment, in this order
-        self._max_waiting = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
+        self._max_waiting = 1 if self.workers > 1 else MAX_WAITING  # a session's next turn may end in another process
         self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show since
         self._shown_at = -math.inf  # this time of the loop
         self._draining = False

@@ -5194,8 +5194,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._max_waiting = 1 if self.workers > 1 else MAX_WAITING  # a session's next turn may end in another process
         self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show since
         self._shown_at = -math.inf  # this time of the loop
-        self._draining = False
-        self._drain_deadline = math.inf
+        self._drain_deadline = math.inf  # time of the loop, once it drains
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class made one for itself
         self.socket = listener
@@ -5221,7 +5220,7 @@ class Server(http.server.ThreadingHTTPServer):
     # -- what the loop asks (Application) --------------------------------
 
     def admit(self, exchange: Exchange) -> None:
-        if self._draining:
+        if self.is_draining():
             raise shutting_down()
         admit(exchange)
 
@@ -5250,11 +5249,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def done(self, exchange: Exchange) -> None:
         self._call_when_quiet(self._observe, exchange)
-        if self._draining:
+        if self.is_draining():
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
-        return self._draining
+        return self._drain_deadline < math.inf
 
     def _call_when_quiet(self, function: Callable[[Any], None], argument: Any) -> None:
         """Observe when no client waits for anything, or before too much of it has to be done."""
@@ -5370,10 +5369,9 @@ class Server(http.server.ThreadingHTTPServer):
         """A defect in the loop's thread: say so, and close the connection that it happened on."""
         owner = getattr(function, "__self__", None)
         self.log.event("error", render_defect(error))
-        if isinstance(owner, Answer):
-            owner = owner.connection
-        if isinstance(owner, ClientConnection):
-            owner.close()
+        connection = getattr(owner, "connection", owner)  # an answer's, or it is one
+        if isinstance(connection, ClientConnection):
+            connection.close()
 
     def attach(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
@@ -5425,7 +5423,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.call_after(seconds, self._accept_again)
 
     def _accept_again(self) -> None:
-        if not self._draining:
+        if not self.is_draining():
             self.loop.watch(self.socket, READ, self._accept)
             self._accept(0)
 
@@ -5455,7 +5453,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._pass_on_warnings()
         if self.workers > 1:
             self._publish()
-            if os.getppid() != self._shared.supervisor and not self._draining:
+            if os.getppid() != self._shared.supervisor and not self.is_draining():
                 self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
 
@@ -5464,7 +5462,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log.event("warning", warning)
 
     def _stop_if_drained(self) -> None:
-        if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
+        if self.is_draining() and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
             self.loop.stop()
 
     # -- signals ---------------------------------------------------------
@@ -5479,7 +5477,7 @@ class Server(http.server.ThreadingHTTPServer):
         while self._signals:
             if self._signals.popleft() not in STOP_SIGNALS:
                 self.reload()
-            elif self._draining:
+            elif self.is_draining():
                 self.loop.stop()
             else:
                 self.drain()
@@ -5500,7 +5498,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
-        self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
         known = -1
         while known < len(self.clients):  # to close the socket would reset who waits: an answer can be acted on

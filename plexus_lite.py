@@ -5891,21 +5891,20 @@ function tiles(d, recent) {
     tile("Errors", count(total.errors), "since the start"));
 }
 
-function tables(d, now) {
+function tables(d) {
   const number = (label, name) => [label, row => count(row[name]), "num"];
   const hit = ["Hit rate", row => percent(share(row.cached_tokens, row.input_tokens)), "num"];
   const named = (text, ...small) => [el("code", {}, text), el("small", {}, small.filter(Boolean).join(", "))];
   const changed = at => typeof at === "number" ? "input item " + at : at;
   const whose = row => [row.model, row.provider, d.all_sessions && row.key];
-  const rest_s = row => Math.ceil(row.cooling_s - now + d.now), bad = text => el("span", {class: "miss"}, text);
+  const state = row => row.cooling_s ? el("span", {class: "miss"}, `cooling, ${row.cooling_s} s`) : "healthy";
   return [
     table("Models", "No model has been asked yet.", d.models, row => row.model, [["Model", row => row.model || "none"],
       hit, number("Saved", "cached_tokens"), number("Output", "output_tokens"), number("Requests", "requests"),
       number("Errors", "errors")]),
     table("Targets", "No upstream has been asked yet.", d.targets, row => row.provider + " " + row.target, [
-      ["Target", row => [row.provider, el("small", {}, row.target)]],
-      ["State", row => rest_s(row) > 0 ? bad(`cooling, ${rest_s(row)} s`) : "healthy"], hit, number("Open", "open"),
-      number("Requests", "requests"), number("Errors", "errors")]),
+      ["Target", row => [row.provider, el("small", {}, row.target)]], ["State", state], hit,
+      number("Open", "open"), number("Requests", "requests"), number("Errors", "errors")]),
     table("Latest sessions", "No session yet: one begins with a request that has a session header or prompt_cache_key.",
       d.sessions, row => row.session + " " + row.key, [["Session", row => named(row.session, ...whose(row))],
         ["Turns", turns, "long"], ["Hit rate", row => percent(rate(row.turns)), "num"], number("Requests", "requests"),
@@ -5929,7 +5928,7 @@ function draw() {
     !d.totals.requests && el("p", {class: "wide"}, "No request yet: point a client at ",
       el("code", {}, new URL("v1", location).href),
       " and ask it something twice. What it repeats should come from the cache, and this page will show it."),
-    tiles(d, hour.filter(([at]) => at > now - 300)), plot(hour, first), tables(d, now)));
+    tiles(d, hour.filter(([at]) => at > now - 300)), plot(hour, first), tables(d)));
   byId("about").textContent = `plexus_lite ${d.version}, workers: ${d.workers}`
     + (d.key ? `, seen by key ${d.key}` : "") + (d.all_sessions ? "" : ": only its own sessions, misses and errors");
   if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true}); // it was moved

@@ -197,7 +197,7 @@ MAX_REMEMBERED: Final = 10_000  # pins, and owners of response ids, each; the le
 COOLDOWN_FIRST_S: Final = 2.0
 COOLDOWN_MAX_S: Final = 300.0
 FEED_S: Final = 1.0  # between two events of the status page
-FEED_COMMENT_S: Final = 15.0  # so that whatever stands between does not take it for dead
+FEED_REPEAT_S: Final = 15.0  # and a repetition, so that whatever stands between does not take it for dead
 TICKET_S: Final = 60  # a ticket opens the status page's stream for so long; the stream itself may last
 LOAD_FACTOR: Final = 1.25  # bounded load: open requests over the fair share
 LOAD_MINIMUM: Final = 4  # below it small fleets lose cache for no gain (0.92 kept with 2, 0.997 with 4)
@@ -4600,7 +4600,8 @@ class Answer:
 
 
 class Feed:
-    """The status page's event stream: what render() returns, at once and then each second if it has changed."""
+    """The status page's event stream: what render() returns, at once, then each second if it has changed, and now and
+    then even if not."""
 
     _last: Mapping[str, Any] = {}
     _next = _said_at = 0.0
@@ -4623,20 +4624,12 @@ class Feed:
         elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts
             self._next = now + FEED_S
             status = self._render()
-            if status != self._last:
-                event = b"event: status\ndata: " + render_json({**status, "now": time.time()}) + b"\n"
-            elif now - self._said_at > FEED_COMMENT_S:
-                event = b": nothing new\n\n"
-            else:
-                return
-            connection.send_payload(event)
-            self._last, self._said_at = status, now
+            if status != self._last or now - self._said_at > FEED_REPEAT_S:
+                self._last, self._said_at = status, now
+                data = render_json({**status, "now": time.time()})
+                connection.send_payload(b"event: status\ndata: " + data + b"\n")
 
-    def resume(self) -> None:
-        """What was kept for the page has been read: the next tick goes on."""
-
-    def detach(self) -> None:
-        """The page has gone: nothing else is held."""
+    resume = detach = do_nothing  # a page that has read what was kept waits for the next tick; nothing else is held
 
 
 # ---------------------------------------------------------------------------
@@ -5784,7 +5777,7 @@ const REASONS = {__proto__: null,
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
 };
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
-let key = "", paused = false, stream = null, timer = 0, attempt = 0, retry_s = 5, latest = null, skew_s = 0;
+let key = "", paused = false, stream = null, timer = 0, attempt = 0, retry_s = 5, latest = null;
 
 const days = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short"});
 const times = new Intl.DateTimeFormat("en-GB", {timeStyle: "medium"});
@@ -5920,7 +5913,7 @@ function tables(d) {
 }
 
 function draw() {
-  const d = latest, now = Date.now() / 1000 + skew_s, first = 60 * Math.floor(now / 60) - 59 * 60;
+  const d = latest, first = 60 * Math.floor(d.now / 60) - 59 * 60;
   const hour = d.minutes.filter(minute => minute[0] >= first && minute[2])
     .map(([at, requests, input, cached]) => [at, input, cached, requests]);
   const focused = document.activeElement;
@@ -5928,7 +5921,7 @@ function draw() {
     !d.totals.requests && el("p", {class: "wide"}, "No request yet: point a client at ",
       el("code", {}, new URL("v1", location).href),
       " and ask it something twice. What it repeats should come from the cache, and this page will show it."),
-    tiles(d, hour.filter(([at]) => at > now - 300)), plot(hour, first), tables(d)));
+    tiles(d, hour.filter(([at]) => at > d.now - 300)), plot(hour, first), tables(d)));
   byId("about").textContent = `plexus_lite ${d.version}, workers: ${d.workers}`
     + (d.key ? `, seen by key ${d.key}` : "") + (d.all_sessions ? "" : ": only its own sessions, misses and errors");
   if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true}); // it was moved
@@ -5936,7 +5929,7 @@ function draw() {
 
 function stop(text) {
   attempt += 1;
-  clearTimeout(timer); // it ends an interval too
+  clearTimeout(timer);
   stream?.close();
   byId("state").textContent = text;
 }
@@ -5966,7 +5959,6 @@ async function start() { // a ticket for the key, then a stream for the ticket
     stream = new EventSource("status?ticket=" + encodeURIComponent(said.ticket));
     stream.onerror = () => lost("the stream ended");
     stream.addEventListener("status", show);
-    timer = setInterval(() => latest && draw(), 5000); // time passes without events too
   } catch (error) {
     if (mine === attempt) lost(error.message);
   }
@@ -5974,7 +5966,6 @@ async function start() { // a ticket for the key, then a stream for the ticket
 
 function show(event) {
   latest = JSON.parse(event.data);
-  skew_s = latest.now - Date.now() / 1000;
   view.hidden = pause.hidden = false;
   if (byId("state").textContent !== "live") byId("state").textContent = "live"; // a screen reader says it once
   draw();

@@ -2059,67 +2059,19 @@ class ResponseIds:
 
 
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
-CACHE_NAMES: Final = (("cached_tokens", "cached_tokens"), ("cache_write_tokens", "cache_write_tokens"))
-# The member of an answer's usage, "" for the usage itself: the counts in it, each with what the access log calls it.
-USAGE_PARTS: Final = (
-    ("", (("input_tokens", "input_tokens"), ("prompt_tokens", "input_tokens"))),
-    ("", (("output_tokens", "output_tokens"), ("completion_tokens", "output_tokens"))),
-    ("input_tokens_details", CACHE_NAMES),
-    ("prompt_tokens_details", CACHE_NAMES),
-)
+# The counts in an answer's usage and in its details, with what the access log calls each.
+USAGE_COUNTS: Final = {
+    **{name: name for name in USAGE_NAMES},
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+}
+USAGE_DETAILS: Final = ("input_tokens_details", "prompt_tokens_details")
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
 TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
-LOOK_BYTES: Final = 16 * KIB
-SHORT_JSON_BYTES: Final = 64 * KIB  # kept whole until it is complete; what is longer is read piece by piece
-MEMBER_BYTES: Final = 8 * KIB  # of a usage or error object; real ones have some 200
-MEMBER: Final = re.compile(rb'"(usage|error)"\s{0,99}:\s{0,99}(?=\{)')
+TOLD_MEMBER: Final = re.compile(r'"(?:usage|error)"\s{0,99}:\s{0,99}(?=\{)')
 COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
-EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"(response\.(?:completed|incomplete|failed)|error)"')
-
-
-class LongJson:
-    """Finds the objects "usage" and "error" at the top or one level below it, in JSON too long to be kept.
-
-    A response.completed repeats the instructions, the tools and all output.  The last MEMBER_BYTES of what came are
-    held back, so that a member is seen whole; of what came before them, depth and an open string are known.
-    """
-
-    def __init__(self, is_event: bool, begin: bytes) -> None:
-        kind = EVENT_TYPE.search(begin, 0, KIB)
-        self.kind = kind.group(1).decode() if kind else ""  # "" also where it stands at the end
-        self.found: Record = {}
-        self._max_depth = 2 if is_event else 1
-        self._depth = 0
-        self._in_string = False
-        self._held = b""
-
-    def feed(self, data: bytes, is_last: bool = False) -> None:
-        """Take *data*; after the last of it, found is complete."""
-        data = self._held + data
-        end = len(data) if is_last else max(len(data) - MEMBER_BYTES, 0)
-        end -= (end - len(data[:end].rstrip(b"\\"))) % 2  # not within an escape
-        plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
-        begin = 0
-        for member in MEMBER.finditer(plain):
-            place = member.start()
-            if place >= end:
-                break
-            self._pass(plain[begin:place])
-            begin = place
-            if self._depth <= self._max_depth:
-                text = data[member.end() : place + MEMBER_BYTES].decode("utf-8", "replace")
-                with contextlib.suppress(ValueError, RecursionError):
-                    self.found[member.group(1).decode()] = json.JSONDecoder().raw_decode(text)[0]
-        self._pass(plain[begin:end])
-        self._held = data[end:]
-
-    def _pass(self, plain: bytes) -> None:
-        """Count the brackets outside strings."""
-        parts = plain.split(b'"')
-        outside = b"".join(parts[int(self._in_string) :: 2])
-        self._in_string ^= len(parts) % 2 == 0
-        self._depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
+END_BYTES: Final = 128 * KIB  # of an event or answer longer than two of them, its beginning and its end are read
 
 
 def is_telling(data: bytes) -> bool:
@@ -2128,12 +2080,40 @@ def is_telling(data: bytes) -> bool:
     return data.rfind(b'"usage"') >= 0 or data.rfind(b'"error"') >= 0 or data.rfind(b'"response.failed"') >= 0
 
 
+def read_beginning(data: bytes) -> Any:
+    """Return the JSON that begins with *data*, as far as its first object "usage" or "error"."""
+    text = data.decode("utf-8", "replace")
+    found = TOLD_MEMBER.search(text)
+    end = JSON_DECODER.raw_decode(text, found.end())[1] if found else 0
+    try:
+        return json.loads(text[:end] + "}")
+    except ValueError:
+        return json.loads(text[:end] + "}}")  # one level down, as in a response's last event; not if it lies deeper
+
+
+def read_end(data: bytes, max_depth: int) -> Record:
+    """Return the last "usage" of the JSON that ends with *data*, and the members behind it: {} if there is none.
+
+    The objects that they belong to, *max_depth* at most, all end in *data*; what stands before is not read.
+    """
+    place = data.rfind(TELLING[0])
+    found: Record = {}
+    rest = data[place:].decode("utf-8", "replace") if place >= 0 else ""
+    while rest and max_depth:
+        members, end = JSON_DECODER.raw_decode("{" + rest)
+        found = {**members, **found}
+        rest = rest[end - 1 :].lstrip(", \t\r\n")
+        max_depth -= 1
+    return {} if rest else found
+
+
 class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
     feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
-    USAGE_PARTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
-    response's last event has passed.
+    USAGE_COUNTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    response's last event has passed.  A last event repeats the instructions, the tools and all output, and may have
+    megabytes; its usage stands behind the output, its error before it.
     """
 
     def __init__(self, is_events: bool) -> None:
@@ -2141,91 +2121,70 @@ class UsageReader:
         self.error: Optional[str] = None
         self.is_complete = False
         self._is_events = is_events
-        self._parts: List[bytes] = []  # the beginning of a line, or of the one object, and what came behind it
-        self._size = 0  # of what has not been looked at
-        self._long: Optional[LongJson] = None  # reads what has become too long to be kept
+        self._begun = bytearray()  # a line without its end, or the one object; if it is long, its beginning and its end
 
     def feed(self, data: bytes) -> None:
         """Take *data*.  Whole lines are looked at now: what is kept leaves the processor's caches meanwhile."""
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > LOOK_BYTES or (self._is_events and data.endswith(b"\n")):
-            self._look()
+        end = data.rfind(b"\n") + 1 if self._is_events else 0
+        if end:
+            lines = bytes(self._begun) + data[:end]
+            self._begun.clear()
+            if is_telling(lines):
+                self._read_lines(lines)
+        self._begun += data[end:]
+        if len(self._begun) > 2 * END_BYTES:
+            del self._begun[END_BYTES:-END_BYTES]
 
     def finish(self) -> None:
-        self._look()
         if not self._is_events:  # of an event stream, a line without its end has not been sent
-            self._read(b"".join(self._parts))
-            self._end_long(b"")
-        self._parts, self._long = [], None
+            self._read(bytes(self._begun))
+        self._begun.clear()
         if self.tokens.get("cached_tokens", 0) > self.tokens.get("input_tokens", 0):
             del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
 
-    def _look(self) -> None:
-        data = b"".join(self._parts)
-        if self._is_events:
-            data = self._read_lines(data)
-        if self._long is None and len(data) > SHORT_JSON_BYTES:
-            self._long = LongJson(self._is_events, data)
-        if self._long:
-            self._long.feed(data)
-            data = b""
-        self._parts, self._size = [data] if data else [], 0
-
-    def _read_lines(self, data: bytes) -> bytes:
-        """Read the lines that are complete; return the beginning of one that is not."""
-        if self._long and b"\n" in data:
-            end, _, data = data.partition(b"\n")
-            self._end_long(end)
-        rest = data.rfind(b"\n") + 1
-        lines: Dict[int, int] = {}  # where one begins that tells something: where its usage is, 0 if it tells more
+    def _read_lines(self, lines: bytes) -> None:
+        """Read those of the *lines* that tell something."""
+        begins = set()
         for word in TELLING:
-            place = data.rfind(word, 0, rest)  # takes a third of the time of find or "in"
+            place = lines.rfind(word)  # takes a third of the time of find or "in"
             while place >= 0:
-                if TOLD.match(data, place + len(word)):
-                    line = data.rfind(b"\n", 0, place) + 1
-                    lines[line] = 0 if line in lines or word != TELLING[0] else place
-                place = data.rfind(word, 0, place)
-        for line, usage in sorted(lines.items()):
-            begin = data.find(b":", line) + 1
-            self._read(data[begin : data.find(b"\n", line)], usage - begin)
-        return data[rest:]
+                if TOLD.match(lines, place + len(word)):
+                    place = lines.rfind(b"\n", 0, place) + 1
+                    begins.add(place)
+                place = lines.rfind(word, 0, place)
+        for begin in sorted(begins):
+            self._read(lines[begin : lines.find(b"\n", begin)])
 
-    def _read(self, text: bytes, usage: int = 0) -> None:
-        """Read an event or a whole answer that tells something; only its usage, which is at *usage*, if that is
-        positive.  The last event may be long: its end is enough, if only the response is closed behind the usage."""
-        if usage > 0 and COUNTED_EVENT.match(text):
-            tail = "{" + text[usage:].decode("utf-8", "replace")
-            try:
-                members, end = JSON_DECODER.raw_decode(tail)
-            except (ValueError, RecursionError):
-                members, end = {}, 0
-            if tail[end:].strip() == "}":
-                self._note("response.completed", members)
-                return
-        with contextlib.suppress(ValueError, RecursionError):
-            event = json.loads(text)
-            if isinstance(event, dict):
-                kind, inner = event.get("type"), event.get("response")
-                if kind == "error" and isinstance(event.get("code"), str):
-                    inner = {"error": event}
-                self._note(kind, inner if isinstance(inner, dict) else event)
+    def _read(self, text: bytes) -> None:
+        """Read a line of an event stream, or the whole answer."""
+        begin = text.find(b":") + 1 if self._is_events else 0
+        is_long = len(text) >= 2 * END_BYTES
+        found: Record = {}
+        if is_long:
+            with contextlib.suppress(ValueError, RecursionError):
+                self._note(read_beginning(text[begin:END_BYTES]))
+        if is_long or COUNTED_EVENT.match(text, begin):
+            with contextlib.suppress(ValueError, RecursionError):
+                found = read_end(text[-END_BYTES:], 1 + self._is_events)
+                self._note(found)
+        if not is_long and not found:
+            with contextlib.suppress(ValueError, RecursionError):
+                self._note(json.loads(text[begin:]))
 
-    def _end_long(self, end: bytes) -> None:
-        """Read the long line or object, if there is one, of which *end* is the last."""
-        if self._long:
-            self._long.feed(end, is_last=True)
-            self._note(self._long.kind, self._long.found)
-            self._long = None
-
-    def _note(self, kind: Any, members: Record) -> None:
+    def _note(self, event: Any) -> None:
+        """Note what *event*, or an answer's one object, tells."""
+        if not isinstance(event, dict):
+            return
+        kind, inner = event.get("type"), event.get("response")
+        if kind == "error" and isinstance(event.get("code"), str):
+            inner = {"error": event}
+        members = inner if isinstance(inner, dict) else event
         usage, error = members.get("usage"), members.get("error")
         if isinstance(usage, dict):
-            # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
+            # Of a last event the type may not have been read.  Some servers count in each chunk of a chat, too.
             self.is_complete |= not kind and not members.get("choices")
-            for part, names in USAGE_PARTS:
-                counts = usage.get(part) if part else usage
-                for member, name in names:
+            for counts in (usage, *map(usage.get, USAGE_DETAILS)):
+                for member, name in USAGE_COUNTS.items():
                     value = counts.get(member) if isinstance(counts, dict) else None
                     if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
                         self.tokens[name] = value

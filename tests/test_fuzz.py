@@ -946,12 +946,11 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         inside = event["response"] if isinstance(event.get("response"), dict) else event
         flat = kind == "error" and isinstance(event.get("code"), str)
         usage = inside_of({} if flat else inside, "usage")
-        for name, old_name in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
-            take(tokens, name, usage.get(name))
-            take(tokens, name, usage.get(old_name))
-        for details in ("input_tokens_details", "prompt_tokens_details"):
-            for name in ("cached_tokens", "cache_write_tokens"):
-                take(tokens, name, inside_of(usage, details).get(name))
+        for counts in (usage, inside_of(usage, "input_tokens_details"), inside_of(usage, "prompt_tokens_details")):
+            for name in ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens"):
+                take(tokens, name, counts.get(name))
+            take(tokens, "input_tokens", counts.get("prompt_tokens"))
+            take(tokens, "output_tokens", counts.get("completion_tokens"))
         if isinstance(inside.get("error"), dict) or kind in ("error", "response.failed"):
             failure = event if flat else inside_of(inside, "error")
             error = str(failure.get("code") or failure.get("type") or kind or "error")[:100]
@@ -980,8 +979,7 @@ def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
     reader = plexus_lite.UsageReader(is_events)
     for piece in pieces:
         reader.feed(piece)
-        held = sum(map(len, reader._parts)) - reader._size + (len(reader._long._held) if reader._long else 0)
-        assert held <= plexus_lite.SHORT_JSON_BYTES, ("kept", held)
+        assert len(reader._begun) <= 2 * plexus_lite.END_BYTES, ("kept", len(reader._begun))
     reader.finish()
     return (reader.tokens, reader.error), reader.is_complete
 

@@ -268,21 +268,41 @@ class UsageReaderTest(unittest.TestCase):
 
     def test_a_long_event_is_split_anywhere(self):
         usage = {"usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 4}}}
-        for begin, end in (
-            ({**ECHO, "a": "x" * 70_000, "b\\": ['"', "\\", {"c": "}"}]}, usage),
-            (usage, {"a": ["x" * 70_000], **ECHO}),
-        ):
-            for kind in ("response.completed", "response.failed"):
-                data = chunk(type=kind, response={**begin, "d": '\\"usage":{', "error": {"code": "e\u00e9\\"}, **end})
-                places = {
-                    data.index(word) for word in (b'"a"', b'"usage": {"input_tokens": 5', b'"code": "e', b'"d"')
-                } | {len(data)}
+        for kind, error in (("response.completed", {}), ("response.failed", {"error": {"code": "e\u00e9\\"}})):
+            rows: Sequence[Tuple[int, Dict[str, Any], Dict[str, Any]]] = (
+                (70_000, {"b\\": ['"', "\\", {"c": "}"}]}, {**error, **usage}),
+                (70_000, {**error, **usage}, ECHO),
+                (300_000, error or usage, usage if error else ECHO),
+                (300_000, ECHO, {**usage, **error}),
+            )
+            for size, begin, end in rows:
+                response = {**begin, "a": "x" * size, "d": '\\"usage":{', **end}
+                data = chunk(type=kind, response=response)
+                places = [data.index(word) for word in (b'"a"', b'"usage": {"input_tokens": 5', b'"d"')] + [len(data)]
+                places += [data.index(b'"code": "e')] if error else []
+                places += [plexus_lite.END_BYTES, 2 * plexus_lite.END_BYTES, len(data) - plexus_lite.END_BYTES]
                 cuts = {place + step for place in places for step in range(-30, 30) if 0 < place + step < len(data)}
+                wanted = ({"input_tokens": 5, "cached_tokens": 4}, "e\u00e9\\" if error else None, True)
                 for cut in cuts:
                     pieces = [data[:cut], data[cut : cut + 3], data[cut + 3 :]]
-                    self.assertEqual(
-                        read_usage(pieces), ({"input_tokens": 5, "cached_tokens": 4}, "e\u00e9\\", True), cut
-                    )
+                    self.assertEqual(read_usage(pieces), wanted, (size, cut))
+
+    def test_of_a_long_event_both_ends_are_read_wherever_it_is_split(self):
+        """Around the lengths at which the middle is dropped."""
+        size = plexus_lite.END_BYTES
+        for length in range(2 * size - 3, 2 * size + 4):
+            for before in (100, size - 60, size - 30, size, size + 30, length - size - 30, length - size + 30):
+                event = b'data: {"type":"x","a":"%s","usage":{"input_tokens":5},"b":"%s"}'
+                filler = length - len(event) + 4
+                data = event % (b"a" * before, b"b" * (filler - before)) + b"\n"
+                wanted = read_usage([data])
+                for cut in (size, length - size, length - 3, length - 1, length):
+                    self.assertEqual(read_usage([data[:cut], data[cut:]]), wanted, (length, before, cut))
+                    first, second = sorted((before, cut))
+                    pieces = [data[:first], data[first:second], data[second:]]
+                    self.assertEqual(read_usage(pieces), wanted, (length, before, cut))
+                if before < size - 100 or length < 2 * size or before > length - size:
+                    self.assertEqual(wanted[0], {"input_tokens": 5}, (length, before))
 
     def test_megabytes_are_read_in_bounded_memory(self):
         bulk = {"bulk": [dict(ECHO, description='a "quoted" \\ text' * 50) for _ in range(600)]}
@@ -299,8 +319,11 @@ class UsageReaderTest(unittest.TestCase):
             finally:
                 tracemalloc.stop()
             self.assertEqual((reader.tokens, reader.is_complete), (TOKENS, True))
-            self.assertLess(current, 80_000)
-            self.assertLess(peak, 4_000_000)  # re keeps its marks for one piece
+            self.assertLess(current, 2 * plexus_lite.END_BYTES)
+            self.assertLess(peak, 2_000_000)
+            body = json.dumps(order).encode()
+            pieces = [body[place : place + 65_536] for place in range(0, len(body), 65_536)]
+            self.assertEqual(read_usage(pieces, is_events=False)[0], TOKENS)
 
     def test_what_is_no_json_only_finds_nothing(self):
         for data in (

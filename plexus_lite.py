@@ -1776,7 +1776,7 @@ class Plan(NamedTuple):
 
     targets: Tuple[Target, ...]
     reason: str
-    home: str  # id of the target that the hash alone would choose
+    home: Optional[Target] = None  # that the hash alone would choose, if there is a choice
 
 
 def rendezvous_score(key: str, target: Target) -> float:
@@ -1806,9 +1806,9 @@ def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool 
     4. Bounded load: the first of the order gives way to the next of its group that has room.
     """
     if len(targets) == 1:
-        return Plan(tuple(targets), "only", targets[0].id)
+        return Plan(tuple(targets), "only")
     order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
-    home, cooling, load = order[0].id, snapshot.cooling, snapshot.open_requests
+    home, cooling, load = order[0], snapshot.cooling, snapshot.open_requests
     first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
     if bound:
         account = first.provider.account_name()
@@ -1827,16 +1827,17 @@ def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool 
     return Plan(tuple(order), reason, home)
 
 
-def is_pinned(plan: Plan, served: Target, attempts: int, targets: Targets) -> bool:
+def is_pinned(plan: Plan, served: Target, attempts: int) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
     when the load has gone; not across accounts, since the next turn carries what only this account can read.
     """
-    if served.id == plan.home:
+    home = plan.home
+    if home is None or served.id == home.id:
         return False
-    accounts = {target.provider.account_name() for target in targets if target.id in (served.id, plan.home)}
-    return plan.reason != "overflow" or attempts > 1 or len(accounts) > 1
+    has_other_account = served.provider.account_name() != home.provider.account_name()
+    return plan.reason != "overflow" or attempts > 1 or has_other_account
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
@@ -1956,11 +1957,11 @@ class Fleet:
         pin = self.pins.get(place.session, now, idle_s)
         return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
 
-    def served(self, targets: Targets, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
+    def served(self, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
-        if is_pinned(plan, target, attempts, targets):
+        if is_pinned(plan, target, attempts):
             self.pins.put(place.session, target.id, now)
-        elif target.id == plan.home:
+        else:
             self.pins.forget(place.session)
 
     def opened(self, target: Target) -> None:
@@ -3630,7 +3631,7 @@ class State(NamedTuple):
 
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
-NO_PLAN: Final = Plan((), "", "")  # not placed yet
+NO_PLAN: Final = Plan((), "")  # not placed yet
 NO_BODY: Final = BodyReader()  # never fed
 
 
@@ -4370,7 +4371,7 @@ class Answer:
         fleet.succeeded(target)
         if head.status < 400 and len(exchange.targets) > 1:
             if exchange.place:
-                fleet.served(exchange.targets, exchange.place, exchange.plan, target, exchange.tried, now)
+                fleet.served(exchange.place, exchange.plan, target, exchange.tried, now)
             for state in head.headers.all(TURN_STATE):
                 fleet.owners.put(text_digest(state), target.place, now)
 
@@ -4637,7 +4638,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     if not targets:
         is_known = model in model_list(state.config)
         raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
-    plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only", targets[0].id)
+    plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only")
     if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
         plan = plan._replace(reason="direct")
     exchange.plan = plan
@@ -4690,7 +4691,7 @@ def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> None:
     exchange.targets = owners or places
     exchange.passes_on = frozenset({404} if len(exchange.targets) > 1 else ())
     exchange.session = session_of(exchange.headers, None)
-    exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "", "")
+    exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "")
 
 
 def only_choice(exchange: Exchange) -> Tuple[Target, ...]:

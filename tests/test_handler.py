@@ -418,7 +418,7 @@ class LeavingTest(unittest.TestCase):
         handler: Any = object.__new__(plexus_lite.Handler)
         exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, unittest.mock.Mock(), "", 0.0)
         exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
-        exchange.plan = plexus_lite.Plan(targets, "only", "")
+        exchange.plan = plexus_lite.Plan(targets, "only")
 
         def leave(request: Any) -> Any:
             handler.exchange.is_gone = True

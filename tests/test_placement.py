@@ -167,7 +167,7 @@ class Plans(unittest.TestCase):
         only = target("a")
         snapshot = plexus_lite.Snapshot({only.id: 999}, ids(only), "else", "else")
         plan = plexus_lite.plan_targets([only], "s", snapshot, bound=True)
-        self.assertEqual((plan.targets, plan.reason, plan.home), ((only,), "only", only.id))
+        self.assertEqual((plan.targets, plan.reason, plan.home), ((only,), "only", None))
 
     def test_owner_before_pin_before_hash(self):
         one, two, three = self.order
@@ -183,7 +183,7 @@ class Plans(unittest.TestCase):
         for name, owner, pin, wanted, reason in rows:
             with self.subTest(name):
                 plan = self.plan(owner=owner, pin=pin)
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one.id))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one))
 
     def test_a_cooling_target_is_tried_last_and_not_never(self):
         one, two, three = self.order
@@ -196,7 +196,7 @@ class Plans(unittest.TestCase):
         for name, cooling, wanted in rows:
             with self.subTest(name):
                 plan = self.plan(cooling=ids(*cooling))
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), "rendezvous", one.id))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), "rendezvous", one))
 
     def test_an_owner_is_known_by_another_of_its_models(self):
         """What a replica issued under one name it can read under every other."""
@@ -294,7 +294,7 @@ class BoundedLoad(unittest.TestCase):
             with self.subTest(name):
                 load = {each.id: count for each, count in zip((one, two, three), loads)}
                 plan = plexus_lite.plan_targets(fleet, "s", plexus_lite.Snapshot(load, frozenset()))
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one.id))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one))
 
     def test_cooling_targets_neither_take_overflow_nor_count(self):
         fleet = fleet_of("a", "b", "c")
@@ -330,7 +330,7 @@ class BoundedLoad(unittest.TestCase):
         running: List[plexus_lite.Target] = []
         for key in SESSIONS:
             plan = plexus_lite.plan_targets(group, key, fleet.snapshot(group, 0.0))
-            at_home += plan.targets[0].id == plan.home
+            at_home += plan.targets[0] is plan.home
             fleet.opened(plan.targets[0])
             running.append(plan.targets[0])
             if len(running) > 4:
@@ -341,7 +341,6 @@ class BoundedLoad(unittest.TestCase):
 class Pinning(unittest.TestCase):
     def test_who_stays_where_it_was_served(self):
         home, other, same = target("home"), target("other"), target("same", account="home")
-        fleet = [home, other, same]
         rows: Sequence[Tuple[str, str, plexus_lite.Target, int, bool]] = (
             ("at home", "rendezvous", home, 1, False),
             ("at home after all", "rendezvous", home, 3, False),
@@ -355,8 +354,8 @@ class Pinning(unittest.TestCase):
         )
         for name, reason, served, attempts, wanted in rows:
             with self.subTest(name):
-                plan = plexus_lite.Plan((served, home), reason, home.id)
-                self.assertIs(plexus_lite.is_pinned(plan, served, attempts, fleet), wanted)
+                plan = plexus_lite.Plan((served, home), reason, home)
+                self.assertIs(plexus_lite.is_pinned(plan, served, attempts), wanted)
 
 
 class Cooldown(unittest.TestCase):
@@ -682,7 +681,7 @@ class Sessions(unittest.TestCase):
                 self.fleet.failed(one, now)
                 continue
             self.fleet.succeeded(one)
-            self.fleet.served(self.targets, self.place, plan, one, attempt, now)
+            self.fleet.served(self.place, plan, one, attempt, now)
             return one, plan.reason
         raise AssertionError("all failed")
 

@@ -1755,20 +1755,21 @@ def render_json(value: Any) -> bytes:
 Targets = Sequence[Target]
 
 
-class Snapshot(NamedTuple):
-    """What a decision is made of, besides the targets: their load and health, and what is remembered."""
-
-    open_requests: Mapping[str, int]
-    cooling: FrozenSet[str]  # ids of targets in their cooldown
-    owner: Optional[str] = None  # the place that issued the response id or turn state that the request carries
-    pin: Optional[str] = None  # the target that a failover moved this session to
-
-
 class Place(NamedTuple):
     """What a request is placed by."""
 
     key: str  # digest of the session value, or the fingerprint where there is none: what is hashed
     session: str  # the same with the model: what a pin is remembered by
+    owner: Optional[str] = None  # the place of the target that issued the response id or turn state that it carries
+    is_bound: bool = False  # to the account of that owner
+
+
+class Snapshot(NamedTuple):
+    """What else a decision is made of: load and health of the targets, and what is remembered of the session."""
+
+    open_requests: Mapping[str, int]
+    cooling: FrozenSet[str]  # ids of targets in their cooldown
+    pin: Optional[str] = None  # id of the target that a failover moved the session to
 
 
 class Plan(NamedTuple):
@@ -1797,26 +1798,26 @@ def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int])
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
-    """Return the order in which *targets* (at least one) are tried for the session *key*.
+def plan_targets(targets: Targets, by: Place, snapshot: Snapshot) -> Plan:
+    """Return the order in which *targets* (at least one) are tried for what is placed *by* this.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
-    2. *bound* (only its maker can read previous_response_id and encrypted_content): targets of that account alone.
+    2. If it is bound (only its maker can read previous_response_id and encrypted_content): that account's alone.
     3. A target that cools down is tried last rather than never.
     4. Bounded load: the first of the order gives way to the next of its group that has room.
     """
     if len(targets) == 1:
         return Plan(tuple(targets), "only")
-    order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
+    order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(by.key, target)))
     home, cooling, load = order[0], snapshot.cooling, snapshot.open_requests
-    first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
-    if bound:
+    first = min(order, key=lambda target: (target.place != by.owner, target.id != snapshot.pin))
+    if by.is_bound:
         account = first.provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
     # Stable, as min is: otherwise the order stays.
     order.sort(key=lambda target: (target.id in cooling, target is not first))
     first = order[0]
-    reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
+    reason = "owner" if first.place == by.owner else "pin" if first.id == snapshot.pin else "rendezvous"
     if reason == "rendezvous" and load.get(first.id, 0) >= LOAD_MINIMUM:  # below it there is always room
         peers = [target for target in order if target.group == first.group and target.id not in cooling]
         roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
@@ -1875,12 +1876,6 @@ def fingerprint_of(body: JsonBody) -> str:
     return hashlib.sha256(b"\n".join([body.part("model"), body.part("instructions"), *first])).hexdigest()
 
 
-def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str]) -> Place:
-    """Return what places a request with the session value *session*, None if it has none; then *body* does."""
-    key = fingerprint_of(body) if session is None and body else text_digest(session or "")
-    return Place(key, f"{key} {text_digest(model or '')}")
-
-
 ENCRYPTED: Final = re.compile(rb'"encrypted_content"\s*:\s*"')
 
 
@@ -1892,6 +1887,12 @@ def is_bound(body: JsonBody) -> bool:
     """
     start, end = body.spans.get("input", NO_SPAN)
     return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
+
+
+def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]) -> Place:
+    """Return what places a request with the session value *session*, None if it has none; then *body* does."""
+    key = fingerprint_of(body) if session is None and body else text_digest(session or "")
+    return Place(key, f"{key} {text_digest(model or '')}", owner, body is not None and is_bound(body))
 
 
 class Remembered(Generic[T]):
@@ -1936,33 +1937,22 @@ class Fleet:
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
         self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
-    def snapshot(
-        self, targets: Targets, now: float, owner: Optional[str] = None, pin: Optional[str] = None
-    ) -> Snapshot:
+    def snapshot(self, targets: Targets, now: float, pin: Optional[str] = None) -> Snapshot:
         with self._lock:
             open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
             cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
-        return Snapshot(open_requests, cooling, owner, pin)
+        return Snapshot(open_requests, cooling, pin)
 
-    def plan(
-        self,
-        targets: Targets,
-        place: Place,
-        now: float,
-        idle_s: float,
-        owner: Optional[str] = None,
-        bound: bool = False,
-    ) -> Plan:
-        """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
-        pin = self.pins.get(place.session, now, idle_s)
-        return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
+    def plan(self, targets: Targets, by: Place, now: float, idle_s: float) -> Plan:
+        """Return the order in which *targets* are tried, from all that is known at *now* (monotonic)."""
+        return plan_targets(targets, by, self.snapshot(targets, now, self.pins.get(by.session, now, idle_s)))
 
-    def served(self, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
+    def served(self, by: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts):
-            self.pins.put(place.session, target.id, now)
+            self.pins.put(by.session, target.id, now)
         else:
-            self.pins.forget(place.session)
+            self.pins.forget(by.session)
 
     def opened(self, target: Target) -> None:
         with self._lock:
@@ -4672,10 +4662,8 @@ def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
         owner = fleet.owners.get(text_digest(issued), now)
     for state in exchange.headers.all(TURN_STATE):
         exchange.turn_owner = fleet.owners.get(text_digest(state), now)
-    by = exchange.place = place_of(exchange.session.value, body, exchange.model)
-    bound = body is not None and is_bound(body)
-    pin_idle_s = exchange.state.config.limits.pin_idle_s
-    plan = fleet.plan(exchange.targets, by, now, pin_idle_s, owner=owner or exchange.turn_owner, bound=bound)
+    by = exchange.place = place_of(exchange.session.value, body, exchange.model, owner or exchange.turn_owner)
+    plan = fleet.plan(exchange.targets, by, now, exchange.state.config.limits.pin_idle_s)
     if exchange.session.value is None and plan.reason == "rendezvous":
         plan = plan._replace(reason="fingerprint")
     return plan

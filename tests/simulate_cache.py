@@ -93,7 +93,7 @@ def make_conversations(
         elif rng.random() < anonymous:
             value = None
         members = {"model": MODEL, "instructions": "You are a coding agent.", "input": [f"task {number}"]}
-        place = plexus_lite.place_of(value, body_of(members), MODEL)
+        place = plexus_lite.place_of(value, body_of(members), MODEL, None)
         found.append(Conversation(number, place, start, turns, value is not None))
     return found
 

@@ -2340,7 +2340,18 @@ MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the ke
 MAX_ROWS: Final = 500  # behind "*" clients choose the models: what comes later is counted as OTHER
 OTHER: Final = "(other)"
 Labels = Tuple[str, ...]
-Sums = Dict[Any, Dict[Any, float]]
+Counts = Dict[Any, Any]  # under each name a number, or again Counts
+
+
+def add_up(sums: Counts, counts: Counts, max_names: float = math.inf) -> None:
+    """Add *counts* to *sums*; where those have *max_names*, what comes under a further name is added to OTHER."""
+    for name, count in counts.items():
+        if name not in sums and len(sums) >= max_names:
+            name = OTHER
+        if isinstance(count, dict):
+            add_up(sums.setdefault(name, {}), count, max_names)
+        else:
+            sums[name] = sums.get(name, 0) + count
 
 
 class Tally:
@@ -2350,19 +2361,19 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
+        self.counts: Counts = {name: {} for name in METRICS}  # values by labels, of what is counted singly
         # For each (route, model, provider, target, status class) sums by the names in SUMMED, of errors, of comparable
         # tokens (the input of answers that tell its cached part), and a count for each bucket, "ttfb_ms 0.05"; none of
         # what is unknown.  A request looks up one row; who asks adds up.
-        self.rows: Sums = {}
-        self.minutes: Sums = {}  # Unix minute -> what it had of requests, comparable and cached tokens
+        self.rows: Counts = {}
+        self.minutes: Counts = {}  # Unix minute -> what it had of requests, comparable and cached tokens
         self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
         self.misses: List[Record] = []
         self.errors: List[Record] = []
         self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
 
     def count(self, name: str, labels: Labels = (), value: float = 1) -> None:
-        add_to(self.counts[name], {labels: value})
+        add_up(self.counts[name], {labels: value})
 
     def add(self, record: Record, now: float) -> None:
         """Count a request that has ended at *now* (Unix time)."""
@@ -2373,22 +2384,17 @@ class Tally:
             place = (route, OTHER, *place[2:])
         is_error = status >= 400 or record["error"] is not None
         told = record["input_tokens"] or 0 if cached is not None else 0
-        row = self.rows.setdefault(place, {"requests": 0, "errors": 0, "comparable_tokens": 0})
-        row["requests"] += 1
-        row["errors"] += is_error
-        row["comparable_tokens"] += told
+        row: Counts = {"requests": 1, "errors": int(is_error), "comparable_tokens": told}
         for name in COUNTED if provider else COUNTED[:2]:
             value = record[name]
             if value is not None:
-                row[name] = row.get(name, 0) + value
+                row[name] = value
                 if name.endswith("_ms"):
-                    bucket = f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"
-                    row[bucket] = row.get(bucket, 0) + 1
+                    row[f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"] = 1
+        add_up(self.rows, {place: row})
         if provider:
-            minute = self.minutes.setdefault(int(now) // 60 * 60, {"requests": 0, "told": 0, "cached": 0})
-            minute["requests"] += 1
-            minute["told"] += told
-            minute["cached"] += cached or 0
+            minute = {"requests": 1, "told": told, "cached": cached or 0}
+            add_up(self.minutes, {int(now) // 60 * 60: minute})
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
             if record["session"] is not None:
@@ -2418,19 +2424,12 @@ def note(rows: List[Record], now: float, record: Record, names: Sequence[str]) -
     del rows[:-LISTED]
 
 
-def add_to(sums: Dict[Any, float], more: Mapping[Any, float]) -> None:
-    """Add the numbers in *more* to those of the same name in *sums*."""
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0) + value
-
-
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of what several workers counted."""
     total = Tally()
     for one in tallies:
         for ours, theirs in ((total.counts, one.counts), (total.rows, one.rows), (total.minutes, one.minutes)):
-            for key, sums in theirs.items():
-                add_to(ours.setdefault(key, {}), sums)
+            add_up(ours, theirs)
         for place, (count, rest_s) in one.open.items():
             known = total.open.get(place, (0, 0.0))
             total.open[place] = (known[0] + count, max(known[1], rest_s))
@@ -2446,7 +2445,7 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 def render_metrics(tally: Tally) -> bytes:
     """Return *tally* as Prometheus text, version 0.0.4."""
-    series: Sums = {metric: dict(counts) for metric, counts in tally.counts.items()}
+    series: Counts = {metric: dict(counts) for metric, counts in tally.counts.items()}
     for (route, model, provider, _, status), sums in tally.rows.items():
         own = {"route": route, "model": model, "provider": provider, "status": status}
         for name, value in sums.items():
@@ -2454,7 +2453,7 @@ def render_metrics(tally: Tally) -> bytes:
             metric, other = SUMMED.get(member, ("", ""))
             if metric:
                 labels = tuple(own.get(label, bound or other) for label in METRICS[metric][1])
-                add_to(series[metric], {labels: value})
+                add_up(series[metric], {labels: value})
     lines = []
     for metric, (kind, names, text) in METRICS.items():
         samples = series[metric]
@@ -2485,22 +2484,21 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         own = [row for row in rows if sees_all or row["key"] == identity.name]
         return sorted(own, key=lambda row: -row[moment])[:count]
 
-    def row(sums: Mapping[Any, float]) -> Record:
-        names = ("requests", "errors", "cached_tokens", "output_tokens")
+    def row(sums: Mapping[Any, float], *more: str) -> Record:
+        names = ("requests", "errors", "cached_tokens", "output_tokens", *more)
         return {"input_tokens": sums.get("comparable_tokens", 0), **{name: sums.get(name, 0) for name in names}}
 
     sees_all = identity.name is None or identity.is_admin
-    models: Sums = {}
-    idle: Record = {"open": 0, "cooling_s": 0.0}
+    models: Counts = {}
     # That nothing has gone to yet, too.
-    targets: Sums = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
+    targets: Counts = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
     total: Dict[Any, float] = {}
     for (_, model, provider, url, _), sums in tally.rows.items():
         if provider:
-            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), dict(idle))):
-                add_to(each, sums)
-    priced = [(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
-    costs = [cost_of(price, sums) for price, sums in priced if "input_tokens" in sums]
+            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), {})):
+                add_up(each, sums)
+    told = [(model, sums) for model, sums in models.items() if model in config.prices and "input_tokens" in sums]
+    costs = [cost_of(config.prices[model], sums) for model, sums in told]
     return {
         "version": __version__,
         "key": identity.name,
@@ -2512,7 +2510,7 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         "minutes": [[at, *sums.values()] for at, sums in sorted(tally.minutes.items()) if at > now - 3600],
         "models": [{"model": model, **row(sums)} for model, sums in models.items()],
         "targets": [
-            {"provider": provider, "target": url, **row(sums), **{name: sums[name] for name in idle}}
+            {"provider": provider, "target": url, **row(sums, "open", "cooling_s")}
             for (provider, url), sums in targets.items()
         ],
         "sessions": latest(tally.sessions.values(), "last", 50),
@@ -5977,18 +5975,6 @@ PROGRESS_LINES: Final = 50_000
 INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
 LINE: Final = "%-*s%10s%7s%7s%7s%7s%10s%7s%7s%7s  %s"  # of a table; the last is a bar
 TITLES: Final = ("requests", "hit", "input", "cached", "missed", "TTFB p50", "p90", "p99", "errors", "")
-Counts = Dict[Any, Any]  # under each name a number, or again Counts
-
-
-def add_up(sums: Counts, counts: Counts) -> None:
-    """Add *counts* to *sums*."""
-    for name, count in counts.items():
-        if name not in sums and len(sums) >= MAX_NAMES:
-            name = OTHER
-        if isinstance(count, dict):
-            add_up(sums.setdefault(name, {}), count)
-        else:
-            sums[name] = sums.get(name, 0) + count
 
 
 def percentile(classes: Counts, percent: int) -> Optional[float]:
@@ -6054,14 +6040,14 @@ class Report:
         if "ttfb_ms" in numbers and not error:
             row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
         place = tuple(map(names.get, GROUPS))
-        add_up(self._places, {place: row})
+        add_up(self._places, {place: row}, MAX_NAMES)
         if "session" in names:
             row["used"] = {" ".join(filter(None, place)): 1}
-            add_up(self._sessions, {names["session"]: row})
+            add_up(self._sessions, {names["session"]: row}, MAX_NAMES)
         if len(self._sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
             least = sorted(self._sessions, key=lambda name: self._sessions[name].get("missed_tokens", 0))
             for name in least[: MAX_NAMES // 2]:
-                add_up(self._sessions, {OTHER: self._sessions.pop(name)})
+                add_up(self._sessions, {OTHER: self._sessions.pop(name)}, MAX_NAMES)
         return True
 
     def as_json(self) -> Dict[str, Any]:
@@ -6070,7 +6056,8 @@ class Report:
         tables.update((kind, {}) for kind in GROUPS)
         for place, row in self._places.items():
             names = [OTHER] * len(GROUPS) if place == OTHER else place
-            add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
+            counts = {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}}
+            add_up(tables, counts, MAX_NAMES)
         found: Counts = {"from": self._first or None, "to": self._last or None}
         for kind, table in tables.items():  # the most missed tokens first, then the most requests
             rows = map(figures_of, table, table.values())

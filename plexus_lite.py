@@ -1991,7 +1991,7 @@ class Fleet:
 
 
 # ---------------------------------------------------------------------------
-# 7  Observation -- new_record, ResponseIds, UsageReader, digest_body, miss_reason, SessionTable, Tally, render_metrics,
+# 7  Observation -- new_record, UsageReader, digest_body, miss_reason, SessionTable, Tally, render_metrics,
 #    render_status, render_line.  Copies of what passes in, values out; the relay never waits for it.
 # ---------------------------------------------------------------------------
 
@@ -2004,7 +2004,7 @@ RECORD_MEMBERS: Final = (
 Record = Dict[str, Any]
 EMPTY_RECORD: Final[Record] = {**dict.fromkeys(RECORD_MEMBERS), "attempts": 0, "bytes_in": 0, "bytes_out": 0}
 RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
-RESPONSE_ID_BYTES: Final = 16 * KIB  # it stands in the first event
+RESPONSE_ID_BYTES: Final = 16 * KIB  # looked for in so much of an answer: it stands in the first event
 
 
 @functools.lru_cache(maxsize=1)  # of a busy second hundreds of records ask
@@ -2031,22 +2031,6 @@ def render_line(record: Record) -> str:
         words.append(f"cached {cached} of {told} ({cached / (told or 1):.0%})")
     names = ("miss_reason", "prefix_changed_at", "error")
     return one_line("  ".join(words + [f"{name} {record[name]}" for name in names if record[name] is not None]))
-
-
-class ResponseIds:
-    """Finds the response id near the beginning of an answer that is split anywhere; found is it, or None."""
-
-    def __init__(self) -> None:
-        self._start = b""
-        self.found: Optional[str] = None
-
-    def feed(self, payload: bytes) -> bool:
-        """Return True when the search is over."""
-        self._start += payload
-        found = RESPONSE_ID.search(self._start, 0, RESPONSE_ID_BYTES)
-        if found:
-            self.found = found.group(1).decode()
-        return found is not None or len(self._start) >= RESPONSE_ID_BYTES
 
 
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
@@ -4204,7 +4188,7 @@ class Answer:
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
     _tail = b""  # the last bytes of an event stream into which comments may go
-    _ids: Optional[ResponseIds] = None
+    _opening: Optional[bytes] = None  # the body's beginning, as long as the response id is looked for in it
     _is_direct = False  # an event stream that may leave by _relay_direct()
     _direct_bytes = 0  # of the body, that did
 
@@ -4256,7 +4240,7 @@ class Answer:
     def _is_between(self) -> bool:
         """Say whether the stream is at a point from which _relay_direct() can go on: between chunks and events."""
         is_between_events = self._is_direct and self._tail[-2:] == b"\n\n"
-        return is_between_events and not self._ids and self._body.is_between_chunks()
+        return is_between_events and self._opening is None and self._body.is_between_chunks()
 
     def _relay_direct(self, events: int) -> None:
         """Pass on chunks of whole events that tell nothing, as they came; leave all else to _on_ready().
@@ -4376,10 +4360,13 @@ class Answer:
         connection.send_payload(payload, done)
         if self._tail:
             self._tail = payload[-4:] if len(payload) > 3 else (self._tail + payload)[-4:]
-        if self._ids and self._ids.feed(payload):
-            if self._ids.found:
-                self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
-            self._ids = None
+        if self._opening is not None:
+            self._opening += payload
+            issued = RESPONSE_ID.search(self._opening, 0, RESPONSE_ID_BYTES)
+            if issued:
+                self._fleet.owners.put(text_digest(issued[1].decode()), self.target.place, self.loop.now)
+            if issued or len(self._opening) >= RESPONSE_ID_BYTES:
+                self._opening = None
         if exchange.usage:
             exchange.usage.feed(payload)
         if done:
@@ -4504,7 +4491,7 @@ class Answer:
         if is_stream and not is_encoded and length is None:
             self._tail = b"\n\n"
         if exchange.state.has_places and head.status < 300:
-            self._ids = ResponseIds()
+            self._opening = b""
         # What a stored response took was counted when it was made; of an error there is the code.
         if (exchange.route.action == "forward" or head.status >= 400) and not is_encoded:
             exchange.usage = UsageReader(is_stream)

@@ -599,6 +599,7 @@ class Relayed(NamedTuple):
     nothing: bool  # the client got not a byte
     released: bool  # the upstream's connection went back to the pool
     unread: bytes  # on it
+    owned: List[str]  # digests of the ids that the upstream issued
 
 
 def begin_relay(upstream_sock: BenchSocket, old_client: bool = False, has_places: bool = False) -> Tuple[Bench, Any]:
@@ -649,6 +650,7 @@ def relay(
         not sent,
         bool(bench.transport.released),
         b"".join(piece for piece in upstream_sock.pieces if isinstance(piece, bytes)),
+        list(bench.fleet.owners._entries),
     )
 
 
@@ -729,10 +731,10 @@ def check_events(data: bytes) -> str:
     limit = 16 * 1024
     for text in (payload, b"." * (limit - zlib.crc32(payload) % (len(payload) + 9)) + payload):
         whole = plexus_lite.RESPONSE_ID.search(text[:limit])
+        owned = [plexus_lite.text_digest(whole.group(1).decode())] if whole else []
         for pieces in [[text], [text[:100], text[100:]], [text[: limit - 3], text[limit - 3 :]], *splits(text)]:
-            ids = plexus_lite.ResponseIds()
-            any(ids.feed(piece) for piece in pieces)
-            assert ids.found == (whole.group(1).decode() if whole else None), ("response id", ids.found, whole)
+            issued = relay([until_close, *pieces], has_places=True)
+            assert issued.owned == owned, ("response id", issued.owned, whole)
     return "comments" if comments else "none"
 
 

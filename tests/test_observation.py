@@ -20,7 +20,6 @@ MEMBERS = ["ts", "id", "key", "label", "client", "method", "route", "model", "up
 MEMBERS += ["status", "error", "attempts", "stream", "ttfb_ms", "duration_ms", "bytes_in", "bytes_out", "session"]
 MEMBERS += ["session_source", "placement", "input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens"]
 MEMBERS += ["miss_reason", "prefix_changed_at"]
-SEARCHED_BYTES = 16 * 1024
 
 
 class NewRecord(unittest.TestCase):
@@ -59,59 +58,6 @@ class NewRecord(unittest.TestCase):
         one, two = plexus_lite.new_record(0.0, "a", ""), plexus_lite.new_record(0.0, "b", "")
         one["status"] = 200
         self.assertIsNone(two["status"])
-
-
-def search(pieces: Sequence[bytes]) -> Tuple[Optional[str], bool]:
-    """Feed *pieces* until the search is over; return what was found and whether it is over."""
-    ids = plexus_lite.ResponseIds()
-    is_over = any(ids.feed(piece) for piece in pieces)
-    return ids.found, is_over
-
-
-class ResponseIdsTest(unittest.TestCase):
-    def test_it_is_found_however_the_answer_is_split(self):
-        response = response_object([], response_id="resp_Ab-9_z")
-        quoted = json.dumps({"id": "resp_forged"})
-        rows: Sequence[Tuple[str, bytes, Optional[str]]] = (
-            ("an event stream", b"".join(response_events(response))[:400], "resp_Ab-9_z"),
-            ("JSON", json.dumps(response).encode()[:300], "resp_Ab-9_z"),
-            ("without spaces", b'{"object":"response","id":"resp_1"}', "resp_1"),
-            ("with many", b'{\n  "id" :\r\n\t"resp_1"\n}', "resp_1"),
-            ("behind a previous one", b'{"previous_response_id":"resp_0","id":"resp_1"}', "resp_1"),
-            ("behind another id", b'{"output":[{"id":"msg_1"}],"id":"resp_1"}', "resp_1"),
-            ("behind text that looks like one", b'{"a":%s,"id":"resp_1"}' % json.dumps(quoted).encode(), "resp_1"),
-            ("no response", b'{"id":"chatcmpl-1"}', None),
-            ("not closed", b'{"id":"resp_1', None),
-            ("other characters", b'{"id":"resp_1\\u0000"}', None),
-            ("much too long", b'{"id":"resp_%s"}' % (b"x" * 300), None),
-            ("nothing", b"", None),
-        )
-        for name, answer, wanted in rows:
-            one_by_one = [answer[place : place + 1] for place in range(len(answer))]
-            splits = [[answer], one_by_one, *([answer[:place], answer[place:]] for place in range(len(answer)))]
-            for pieces in splits:
-                with self.subTest(name, pieces=len(pieces)):
-                    self.assertEqual(search(pieces), (wanted, wanted is not None))
-
-    def test_it_is_looked_for_in_the_first_16_kib_whatever_the_reads(self):
-        member = b'"id":"resp_1"'
-        rows = (
-            ("just within", SEARCHED_BYTES - len(member), "resp_1"),
-            ("across the border", SEARCHED_BYTES - len(member) + 1, None),
-            ("behind it", SEARCHED_BYTES + 1, None),
-        )
-        for name, place, wanted in rows:
-            answer = b" " * place + member + b" " * 5000
-            for size in (len(answer), SEARCHED_BYTES - 1, SEARCHED_BYTES, SEARCHED_BYTES // 2 + 1, 1000, 7):
-                with self.subTest(name, reads=size):
-                    pieces = [answer[begin : begin + size] for begin in range(0, len(answer), size)]
-                    self.assertEqual(search(pieces)[0], wanted)
-
-    def test_the_search_ends_with_what_is_looked_at(self):
-        ids = plexus_lite.ResponseIds()
-        self.assertFalse(ids.feed(b" " * (SEARCHED_BYTES - 1)))
-        self.assertTrue(ids.feed(b" "))
-        self.assertIsNone(ids.found)
 
 
 Usage = Tuple[Dict[str, int], Optional[str], bool]

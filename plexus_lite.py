@@ -5956,7 +5956,7 @@ NAMED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in 
 SHOWN_ROWS: Final = 20  # of a table
 WORST_SESSIONS: Final = 10
 MAX_NAMES: Final = 10_000  # at one place: clients can make names up, and further ones are counted together
-LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
+LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is read as several lines
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
 INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
@@ -5999,7 +5999,6 @@ class Report:
 
     def __init__(self) -> None:
         self._first = self._last = ""
-        self._answered_here = 0
         self._places: Counts = {}  # rows by all of GROUPS: one to count in, not four
         self._sessions: Counts = {}
 
@@ -6012,7 +6011,6 @@ class Report:
             return False
         reason, error = names.get("miss_reason"), names.get("error")
         if numbers.get("attempts") == 0 and not error:  # a probe of /health each second would hide the rest
-            self._answered_here += 1
             return True
         if numbers["status"] >= 400:
             error = error or str(numbers["status"])
@@ -6051,7 +6049,7 @@ class Report:
             found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
         sessions = found.pop("session")
         worst = [row for row in sessions[:WORST_SESSIONS] if row["missed_tokens"]]
-        found.update(total=found["total"][0], answered_here=self._answered_here, sessions=len(sessions))
+        found.update(total=found["total"][0], sessions=len(sessions))
         return {**found, "worst_sessions": worst}
 
     def render(self, width: int, bars: bool) -> str:
@@ -6063,12 +6061,9 @@ class Report:
         space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
-        counted = (
-            f"{total['requests']:,} requests in {'over ' * (OTHER in self._sessions)}{found['sessions']:,} sessions, "
-        )
+        over = "over " if OTHER in self._sessions else ""
+        counted = f"{total['requests']:,} requests in {over}{found['sessions']:,} sessions, "
         counted += f"{self._first[:19]} to {self._last[:19]} UTC"
-        if self._answered_here:
-            counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"
         legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
         legend += "missed: tokens sent uncached though a hit was possible; TTFB: of answers without error, within 2 %"
         lines = [counted, legend]
@@ -6101,19 +6096,17 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
     strays, first = 0, ""
     for path in paths:
-        is_begun = False
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as raw:
                 file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
                 size = is_shown and os.fstat(raw.fileno()).st_size  # 0 is a pipe
                 for number, line in enumerate(iter(functools.partial(file.readline, LOG_LINE_BYTES), b""), 1):
                     try:
-                        is_record = is_begun or report.add(json.loads(line))
+                        is_record = report.add(json.loads(line))
                     except (ValueError, RecursionError):
                         is_record = False
                     if not is_record:
                         strays, first = strays + 1, first or f"{path}:{number}"
-                    is_begun = line[-1:] != b"\n"
                     if size and number % PROGRESS_LINES == 0:
                         print(end=f"\r{path}: {raw.tell() / size:.0%} ", file=sys.stderr, flush=True)
                 if size:

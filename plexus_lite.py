@@ -2305,23 +2305,14 @@ METRICS: Final[Mapping[str, Tuple[str, Tuple[str, ...], str]]] = {
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUNDS: Final = (*map(str, BUCKETS_S), "+Inf")
-# What is summed: in which metric, and what stands there in the label that is none of the row's.
-SUMMED: Final = {
-    "requests": ("plexus_requests_total", ""),
-    "bytes_in": ("plexus_received_bytes_total", ""),
-    "bytes_out": ("plexus_sent_bytes_total", ""),
-    **{name: ("plexus_tokens_total", name[: -len("_tokens")]) for name in USAGE_NAMES},
-    "ttfb_ms": ("plexus_ttfb_seconds", "sum"),
-    "duration_ms": ("plexus_request_duration_seconds", "sum"),
-}
-COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
+TIMES: Final = (("plexus_ttfb_seconds", "ttfb_ms"), ("plexus_request_duration_seconds", "duration_ms"))
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
 NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
 MISS_MEMBERS: Final = (*NOTED, "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
 ERROR_MEMBERS: Final = (*NOTED, "id", "status", "error", "route", "provider")
 MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the key may see
-MAX_ROWS: Final = 500  # behind "*" clients choose the models: what comes later is counted as OTHER
+MAX_ROWS: Final = 250  # behind "*" clients choose the models: what comes later is counted as OTHER
 OTHER: Final = "(other)"
 Labels = Tuple[str, ...]
 Counts = Dict[Any, Any]  # under each name a number, or again Counts
@@ -2345,10 +2336,10 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.counts: Counts = {name: {} for name in METRICS}  # values by labels, of what is counted singly
-        # For each (route, model, provider, target, status class) sums by the names in SUMMED, of errors, of comparable
-        # tokens (the input of answers that tell its cached part), and a count for each bucket, "ttfb_ms 0.05"; none of
-        # what is unknown.  A request looks up one row; who asks adds up.
+        # By metric and labels; of a histogram by bucket, not yet cumulative, and under "sum" the milliseconds.
+        self.counts: Counts = {name: {} for name in METRICS}
+        # By (model, provider, target), of requests that had one: how many, errors, tokens of each kind, and comparable
+        # ones: the input of answers that tell its cached part.
         self.rows: Counts = {}
         self.minutes: Counts = {}  # Unix minute -> what it had of requests, comparable and cached tokens
         self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
@@ -2357,26 +2348,33 @@ class Tally:
         self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
 
     def count(self, name: str, labels: Labels = (), value: float = 1) -> None:
-        add_up(self.counts[name], {labels: value})
+        counts = self.counts[name]
+        counts[labels] = counts.get(labels, 0) + value
 
     def add(self, record: Record, now: float) -> None:
         """Count a request that has ended at *now* (Unix time)."""
         route, provider, status = record["route"] or "", record["provider"] or "", record["status"] or 0
         model, cached, reason = record["model"] or "", record["cached_tokens"], record["miss_reason"]
-        place = (route, model if provider else "", provider, record["target"] or "", f"{status // 100}xx")
-        if place not in self.rows and len(self.rows) >= MAX_ROWS:
-            place = (route, OTHER, *place[2:])
-        is_error = status >= 400 or record["error"] is not None
-        told = record["input_tokens"] or 0 if cached is not None else 0
-        row: Counts = {"requests": 1, "errors": int(is_error), "comparable_tokens": told}
-        for name in COUNTED if provider else COUNTED[:2]:
-            value = record[name]
-            if value is not None:
-                row[name] = value
-                if name.endswith("_ms"):
-                    row[f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"] = 1
-        add_up(self.rows, {place: row})
+        target, is_error = record["target"] or "", status >= 400 or record["error"] is not None
+        if not provider:
+            model = ""
+        elif (model, provider, target) not in self.rows and len(self.rows) >= MAX_ROWS:
+            model = OTHER
+        self.count("plexus_requests_total", (route, model, provider, f"{status // 100}xx"))
+        self.count("plexus_received_bytes_total", (), record["bytes_in"])
+        self.count("plexus_sent_bytes_total", (), record["bytes_out"])
         if provider:
+            tokens = {name: record[name] for name in USAGE_NAMES if record[name] is not None}
+            for name, value in tokens.items():
+                self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), value)
+            for metric, name in TIMES:
+                if record[name] is not None:
+                    bound = BOUNDS[bisect.bisect_left(BUCKETS_S, record[name] / 1000)]
+                    self.count(metric, (model, provider, bound))
+                    self.count(metric, (model, provider, "sum"), record[name])
+            told = tokens.get("input_tokens", 0) if cached is not None else 0
+            row = {"requests": 1, "errors": int(is_error), "comparable_tokens": told, **tokens}
+            add_up(self.rows, {(model, provider, target): row})
             minute = {"requests": 1, "told": told, "cached": cached or 0}
             add_up(self.minutes, {int(now) // 60 * 60: minute})
             if len(self.minutes) > 60:
@@ -2384,7 +2382,7 @@ class Tally:
             if record["session"] is not None:
                 self._add_turn(record, now)
         if reason is not None:
-            self.count("plexus_cache_misses_total", (place[1], reason))
+            self.count("plexus_cache_misses_total", (model, reason))
             note(self.misses, now, record, MISS_MEMBERS)
         if is_error and route != "/status":  # each page that opens is refused once, before it asks for a key
             note(self.errors, now, record, ERROR_MEMBERS)
@@ -2429,18 +2427,9 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 def render_metrics(tally: Tally) -> bytes:
     """Return *tally* as Prometheus text, version 0.0.4."""
-    series: Counts = {metric: dict(counts) for metric, counts in tally.counts.items()}
-    for (route, model, provider, _, status), sums in tally.rows.items():
-        own = {"route": route, "model": model, "provider": provider, "status": status}
-        for name, value in sums.items():
-            member, _, bound = name.partition(" ")
-            metric, other = SUMMED.get(member, ("", ""))
-            if metric:
-                labels = tuple(own.get(label, bound or other) for label in METRICS[metric][1])
-                add_up(series[metric], {labels: value})
     lines = []
     for metric, (kind, names, text) in METRICS.items():
-        samples = series[metric]
+        samples = tally.counts[metric]
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
         if kind != "histogram":
             lines += [f"{metric}{render_labels(names, labels)} {value:.15g}" for labels, value in samples.items()]
@@ -2477,10 +2466,9 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
     # That nothing has gone to yet, too.
     targets: Counts = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
     total: Dict[Any, float] = {}
-    for (_, model, provider, url, _), sums in tally.rows.items():
-        if provider:
-            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), {})):
-                add_up(each, sums)
+    for (model, provider, url), sums in tally.rows.items():
+        for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), {})):
+            add_up(each, sums)
     told = [(model, sums) for model, sums in models.items() if model in config.prices and "input_tokens" in sums]
     costs = [cost_of(config.prices[model], sums) for model, sums in told]
     return {

@@ -2045,7 +2045,10 @@ TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
 TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
 TOLD_MEMBER: Final = re.compile(r'"(?:usage|error)"\s{0,99}:\s{0,99}(?=\{)')
+# These tell nothing but their usage.
 COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
+# Upstreams write NaN, too; of a number with too many digits nothing is made, see JSON_DECODER.
+ANSWER_DECODER: Final = json.JSONDecoder(parse_int=JSON_DECODER.parse_int)
 END_BYTES: Final = 128 * KIB  # of an event or answer longer than two of them, its beginning and its end are read
 
 
@@ -2059,11 +2062,13 @@ def read_beginning(data: bytes) -> Any:
     """Return the JSON that begins with *data*, as far as its first object "usage" or "error"."""
     text = data.decode("utf-8", "replace")
     found = TOLD_MEMBER.search(text)
-    end = JSON_DECODER.raw_decode(text, found.end())[1] if found else 0
+    end = ANSWER_DECODER.raw_decode(text, found.end())[1] if found else 0
     try:
-        return json.loads(text[:end] + "}")
+        return ANSWER_DECODER.decode(text[:end] + "}")
     except ValueError:
-        return json.loads(text[:end] + "}}")  # one level down, as in a response's last event; not if it lies deeper
+        return ANSWER_DECODER.decode(
+            text[:end] + "}}"
+        )  # one level down, as in a response's last event; not if it lies deeper
 
 
 def read_end(data: bytes, max_depth: int) -> Record:
@@ -2075,7 +2080,7 @@ def read_end(data: bytes, max_depth: int) -> Record:
     found: Record = {}
     rest = data[place:].decode("utf-8", "replace") if place >= 0 else ""
     while rest and max_depth:
-        members, end = JSON_DECODER.raw_decode("{" + rest)
+        members, end = ANSWER_DECODER.raw_decode("{" + rest)
         found = {**members, **found}
         rest = rest[end - 1 :].lstrip(", \t\r\n")
         max_depth -= 1
@@ -2144,7 +2149,7 @@ class UsageReader:
                 self._note(found)
         if not is_long and not found:
             with contextlib.suppress(ValueError, RecursionError):
-                self._note(json.loads(text[begin:]))
+                self._note(ANSWER_DECODER.decode(text[begin:].decode()))
 
     def _note(self, event: Any) -> None:
         """Note what *event*, or an answer's one object, tells."""

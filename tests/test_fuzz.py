@@ -934,7 +934,8 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         if b"{" not in line:
             continue
         try:
-            event = json.loads(line.partition(b":")[2] if is_events else line, object_pairs_hook=members_once)
+            text = (line.partition(b":")[2] if is_events else line).decode()
+            event = json.loads(text, object_pairs_hook=members_once)
         except (ValueError, RecursionError):
             if is_events and (b'"response.completed"' in line or b'"response.incomplete"' in line):
                 raise Doubtful from None  # of such an event the end may be enough
@@ -946,6 +947,8 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         if kind in ("response.completed", "response.incomplete") and any("usage" in value for value in beside):
             raise Doubtful  # looked for one level down, in whatever member
         inside = event["response"] if isinstance(event.get("response"), dict) else event
+        if kind in ("response.completed", "response.incomplete") and isinstance(inside.get("error"), dict):
+            raise Doubtful  # nothing but the usage is looked for
         flat = kind == "error" and isinstance(event.get("code"), str)
         usage = inside_of({} if flat else inside, "usage")
         for counts in (usage, inside_of(usage, "input_tokens_details"), inside_of(usage, "prompt_tokens_details")):

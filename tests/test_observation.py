@@ -2,9 +2,12 @@
 
 import calendar
 import json
+import os
 import random
 import re
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import unittest
@@ -286,12 +289,27 @@ class UsageReaderTest(unittest.TestCase):
         deep = b'data: {"a":' + b'{"a":[' * 50_000
         self.assertEqual(read_usage([deep, b"\n\n", sse("error", code="x")]), ({}, "x", True))
 
+    def test_a_number_of_too_many_digits_costs_nothing(self):
+        """CPython's own bound came with security releases: without it, 250,000 digits took 0.6 s."""
+        program = (
+            "import sys\n"
+            "getattr(sys, 'set_int_max_str_digits', id)(0)\n"
+            "vars(sys).pop('get_int_max_str_digits', None)\n"
+            "sys.path.insert(0, '.')\n"
+            "from tests.test_observation import read_usage\n"
+            'text = b\'{"usage":{"input_tokens":5},"a":%b}\' % (b"9" * 5000)\n'
+            "print(read_usage([text], False), read_usage([b'data: ' + text + b'\\n']))\n"
+        )
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        done = subprocess.run([sys.executable, "-c", program], cwd=here, stdout=subprocess.PIPE, timeout=20, check=True)
+        self.assertEqual(done.stdout.decode().strip(), "({}, None, False) ({}, None, False)")
+
     def test_the_first_events_are_not_parsed(self):
         """They repeat what can be 50 KB of tools, and know no usage."""
         members = {"response": {"error": None, "usage": None, "tools": ["\\"] * 1000}}
-        with unittest.mock.patch("json.loads") as loads:
+        with unittest.mock.patch.object(plexus_lite, "ANSWER_DECODER") as decoder:
             read_usage([sse("response.created", **members), sse("response.in_progress", **members)])
-        loads.assert_not_called()
+        self.assertEqual(decoder.mock_calls, [])
 
     def test_a_payload_leaves_before_it_is_read(self):
         order: List[str] = []

@@ -2072,7 +2072,7 @@ def read_beginning(data: bytes) -> Any:
 
 
 def read_end(data: bytes, max_depth: int) -> Record:
-    """Return the last "usage" of the JSON that ends with *data*, and the members behind it: {} if there is none.
+    """Return the last "usage" of the JSON that ends with *data*, and the members behind it; {} if it is no object.
 
     The objects that they belong to, *max_depth* at most, all end in *data*; what stands before is not read.
     """
@@ -2084,7 +2084,7 @@ def read_end(data: bytes, max_depth: int) -> Record:
         found = {**members, **found}
         rest = rest[end - 1 :].lstrip(", \t\r\n")
         max_depth -= 1
-    return {} if rest else found
+    return found if not rest and isinstance(found.get("usage"), dict) else {}
 
 
 class UsageReader:

@@ -992,9 +992,11 @@ def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
 def check_usage(data: bytes) -> str:
     seen = "nothing"
     for is_events in (True, False):
-        whole = read_usage([data], is_events)
-        for pieces in splits(data):
-            assert read_usage(pieces, is_events) == whole, ("the splits decide", whole, pieces)
+        for size in (50 + zlib.crc32(data) % 300, plexus_lite.END_BYTES):
+            with unittest.mock.patch.object(plexus_lite, "END_BYTES", size):
+                whole = read_usage([data], is_events)
+                for pieces in splits(data):
+                    assert read_usage(pieces, is_events) == whole, ("the splits decide", whole, pieces)
         with contextlib.suppress(Doubtful):
             wanted = ref_usage(data, is_events)
             assert whole[0] == wanted, (is_events, whole, wanted)

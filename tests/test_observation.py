@@ -253,6 +253,12 @@ class UsageReaderTest(unittest.TestCase):
                 if before < size - 100 or length < 2 * size or before > length - size:
                     self.assertEqual(wanted[0], {"input_tokens": 5}, (length, before))
 
+    def test_what_stands_in_the_middle_of_a_long_event_decides_nothing(self):
+        filler = "x" * plexus_lite.END_BYTES
+        data = chunk(a=filler, b={"error": {}}, c=filler, usage=[[]], type="response.incomplete")
+        for cut in (len(data), len(data) - 1, len(data) - 2, len(data) - 9):
+            self.assertEqual(read_usage([data[:cut], data[cut:]]), ({}, None, False), cut)
+
     def test_megabytes_are_read_in_bounded_memory(self):
         bulk = {"bulk": [dict(ECHO, description='a "quoted" \\ text' * 50) for _ in range(600)]}
         for order in ({**bulk, **response_object([])}, {**response_object([]), **bulk}):

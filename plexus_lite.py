@@ -2034,12 +2034,7 @@ def render_line(record: Record) -> str:
 
 
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
-# The counts in an answer's usage and in its details, with what the access log calls each.
-USAGE_COUNTS: Final = {
-    **{name: name for name in USAGE_NAMES},
-    "prompt_tokens": "input_tokens",
-    "completion_tokens": "output_tokens",
-}
+USAGE_ALIASES: Final = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}  # of a chat
 USAGE_DETAILS: Final = ("input_tokens_details", "prompt_tokens_details")
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
@@ -2059,16 +2054,17 @@ def is_telling(data: bytes) -> bool:
 
 
 def read_beginning(data: bytes) -> Any:
-    """Return the JSON that begins with *data*, as far as its first object "usage" or "error"."""
+    """Return the JSON that begins with *data*, as far as its first object "usage" or "error".
+
+    ValueError if that lies deeper than at the top, or one level below it as in a response's last event.
+    """
     text = data.decode("utf-8", "replace")
     found = TOLD_MEMBER.search(text)
     end = ANSWER_DECODER.raw_decode(text, found.end())[1] if found else 0
     try:
         return ANSWER_DECODER.decode(text[:end] + "}")
     except ValueError:
-        return ANSWER_DECODER.decode(
-            text[:end] + "}}"
-        )  # one level down, as in a response's last event; not if it lies deeper
+        return ANSWER_DECODER.decode(text[:end] + "}}")
 
 
 def read_end(data: bytes, max_depth: int) -> Record:
@@ -2091,7 +2087,7 @@ class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
     feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
-    USAGE_COUNTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    USAGE_NAMES, error the code of a response.failed, an error event or an error object, and is_complete whether a
     response's last event has passed.  A last event repeats the instructions, the tools and all output, and may have
     megabytes; its usage stands behind the output, its error before it.
     """
@@ -2164,10 +2160,10 @@ class UsageReader:
             # Of a last event the type may not have been read.  Some servers count in each chunk of a chat, too.
             self.is_complete |= not kind and not members.get("choices")
             for counts in (usage, *map(usage.get, USAGE_DETAILS)):
-                for member, name in USAGE_COUNTS.items():
+                for member in (*USAGE_NAMES, *USAGE_ALIASES):
                     value = counts.get(member) if isinstance(counts, dict) else None
                     if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
-                        self.tokens[name] = value
+                        self.tokens[USAGE_ALIASES.get(member, member)] = value
         self.is_complete |= kind in TERMINAL_EVENTS
         if isinstance(error, dict):
             self.error = str(error.get("code") or error.get("type") or kind or "error")[:100]
@@ -2359,12 +2355,10 @@ class Tally:
     def add(self, record: Record, now: float) -> None:
         """Count a request that has ended at *now* (Unix time)."""
         route, provider, status = record["route"] or "", record["provider"] or "", record["status"] or 0
-        model, cached, reason = record["model"] or "", record["cached_tokens"], record["miss_reason"]
-        target, is_error = record["target"] or "", status >= 400 or record["error"] is not None
-        if not provider:
-            model = ""
-        elif (model, provider, target) not in self.rows and len(self.rows) >= MAX_ROWS:
+        model, target = (record["model"] or "") if provider else "", record["target"] or ""
+        if provider and (model, provider, target) not in self.rows and len(self.rows) >= MAX_ROWS:
             model = OTHER
+        cached, is_error = record["cached_tokens"], status >= 400 or record["error"] is not None
         self.count("plexus_requests_total", (route, model, provider, f"{status // 100}xx"))
         self.count("plexus_received_bytes_total", (), record["bytes_in"])
         self.count("plexus_sent_bytes_total", (), record["bytes_out"])
@@ -2380,14 +2374,13 @@ class Tally:
             told = tokens.get("input_tokens", 0) if cached is not None else 0
             row = {"requests": 1, "errors": int(is_error), "comparable_tokens": told, **tokens}
             add_up(self.rows, {(model, provider, target): row})
-            minute = {"requests": 1, "told": told, "cached": cached or 0}
-            add_up(self.minutes, {int(now) // 60 * 60: minute})
+            add_up(self.minutes, {int(now) // 60 * 60: {"requests": 1, "told": told, "cached": cached or 0}})
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
             if record["session"] is not None:
                 self._add_turn(record, now)
-        if reason is not None:
-            self.count("plexus_cache_misses_total", (model, reason))
+        if record["miss_reason"] is not None:
+            self.count("plexus_cache_misses_total", (model, record["miss_reason"]))
             note(self.misses, now, record, MISS_MEMBERS)
         if is_error and route != "/status":  # each page that opens is refused once, before it asks for a key
             note(self.errors, now, record, ERROR_MEMBERS)

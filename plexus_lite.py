@@ -8,7 +8,7 @@ headers that a backend routes its cache by; everything else passes through untou
     python plexus_lite.py                 serve what config.json beside this file says
     python plexus_lite.py init            print a starter configuration
     python plexus_lite.py check           say whether every upstream can be used, and what is wrong if not
-    python plexus_lite.py report LOG...   say from its logs whether the cache is warm, for whom not, and why
+    python plexus_lite.py report LOG...   say from its logs (also .gz; - is stdin) if the cache is warm, and if not, why
     python plexus_lite.py --help          every option and every configuration key
 
 How a request travels (client and upstream as in RFC 9110 3.7; one thread, the loop, owns all client sockets, and a
@@ -63,6 +63,7 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
+import argparse
 import base64
 import bisect
 import codecs
@@ -72,7 +73,6 @@ import email.utils
 import errno
 import functools
 import gc
-import getopt
 import hashlib
 import hmac
 import http
@@ -175,7 +175,7 @@ MAX_MEMBERS: Final = 16  # of a gzip or zstd body; each costs a copy of what fol
 ZSTD_WINDOW_LOG: Final = 23  # 8 MiB, what RFC 9659 allows a zstd body; its header alone could claim gigabytes
 MAX_INT_DIGITS: Final = 4300  # CPython's own bound since 3.11; older ones convert in quadratic time
 QUIET_S: Final = 0.002  # requests that ended are looked at after this long without work: their clients come first
-MAX_ENDED: Final = 4  # or when there are so many: all at once must not keep other clients waiting
+MAX_WAITING: Final = 8  # or when so many calls wait, two a request: all at once must not keep other clients waiting
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
 HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
@@ -324,22 +324,16 @@ REQUIRED: Final[NoReturn] = ...  # type: ignore[assignment]  # NoReturn: it is n
 
 
 class Setting(NamedTuple):
-    """A key of the file; its name is that of the member that it is assigned to."""
+    """A key of the file; its name is that of the member that it stands for."""
 
-    default: Any
     read: Read[Any]
+    default: Any
     text: str  # for the reference
-    is_secret: bool  # kept out of every repr, and so out of every traceback
 
 
-class Check(Generic[T]):
-    """What a key of the file may hold: *read* checks it.  To call it declares a key, as in `a_time(30, "how long")`."""
-
-    def __init__(self, read: Read[T]) -> None:
-        self.read = read
-
-    def __call__(self, default: D, text: str, is_secret: bool = False) -> Union[T, D]:
-        return Setting(default, self.read, text, is_secret)  # type: ignore[return-value]  # Settings put one in its place
+def setting(read: Read[T], default: D, text: str) -> Union[T, D]:
+    """Declare a key of the file: *read* checks what stands there."""
+    return Setting(read, default, text)  # type: ignore[return-value]  # Settings puts one of these in its place
 
 
 def join_path(path: str, name: str) -> str:
@@ -354,7 +348,7 @@ def describe(value: object) -> str:
     return one_line(json.dumps(value, ensure_ascii=False))  # an answer that it stands in escapes it once more
 
 
-def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Check[Any]:
+def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Read[Any]:
     """Return a check that lets pass, as it is, what *holds* is true of; no error shows a value of the type *hidden*."""
 
     def read(value: Any, path: str) -> Any:
@@ -363,119 +357,96 @@ def expect(wanted: str, holds: Callable[[Any], object], hidden: Any = ()) -> Che
             raise ConfigError(path, f"expected {wanted}{found}")
         return value
 
-    return Check(read)
+    return read
 
 
-def a_number(kind: Type[T], minimum: float, maximum: float) -> Check[T]:
+def a_number(kind: Type[T], minimum: float, maximum: float) -> Read[T]:
     """Return a check for a number from *minimum* to *maximum*, whole if *kind* is int; true and false are none."""
     wanted = f"a{' whole' if kind is int else ''} number from {minimum:g} to {maximum:g}"
     return expect(wanted, lambda value: type(value) in (int, kind) and minimum <= value <= maximum)
 
 
-def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Check[str]:
+def a_text(pattern: str, wanted: str, hidden: Any = ()) -> Read[str]:
     return expect(wanted, lambda value: isinstance(value, str) and re.fullmatch(pattern, value), hidden)
 
 
-def one_of(*allowed: str) -> Check[str]:
+def one_of(*allowed: str) -> Read[str]:
     return expect(" or ".join(map(json.dumps, allowed)), lambda value: value in allowed)
 
 
-def a_list(item: Check[T], wanted: str, least: int = 0) -> Check[Tuple[T, ...]]:
+def a_list(item: Read[T], wanted: str = "a list", least: int = 0) -> Read[Tuple[T, ...]]:
     whole = expect(wanted, lambda value: isinstance(value, list) and len(value) >= least)
-    return Check(
-        lambda value, path: tuple(item.read(one, f"{path}[{at}]") for at, one in enumerate(whole.read(value, path)))
-    )
+    return lambda value, path: tuple(item(one, f"{path}[{at}]") for at, one in enumerate(whole(value, path)))
 
 
-def an_object(wanted: str = "an object") -> Check[Dict[str, Any]]:
+def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
     """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
     return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
 
 
-def a_map(item: Check[T], wanted: str = "an object") -> Check[Mapping[str, T]]:
+def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
     """Return a check for an object that has what *item* checks under names of the user's choice."""
-
-    def read(value: Any, path: str) -> Mapping[str, T]:
-        if "" in an_object(wanted).read(value, path):
-            raise ConfigError(path, "a name must not be empty")
-        return {name: item.read(one, f"{path}.{name}") for name, one in value.items()}
-
-    return Check(read)
+    whole = an_object(wanted)
+    return lambda value, path: {name: item(one, f"{path}.{name}") for name, one in whole(value, path).items()}
 
 
 def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
     """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
-    for name in an_object().read(value, path):
+    for name in an_object()(value, path):
         if name not in reads:
             raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
     return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
 
 
-a_string: Final[Check[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
-a_flag: Final[Check[bool]] = expect("true or false", lambda value: isinstance(value, bool))
+a_string: Final[Read[str]] = expect("a non-empty string", lambda value: isinstance(value, str) and value)
+a_flag: Final[Read[bool]] = expect("true or false", lambda value: isinstance(value, bool))
 a_time: Final = a_number(float, 0.001, 86400)
 a_time_or_0: Final = a_number(float, 0, 86400)
 a_size: Final = a_number(int, 1024, 2**40)
 a_price: Final = a_number(float, 0, 10**6)
-model_names: Final = a_list(a_string, "a list of model names")
-an_api_list: Final = a_list(one_of(*APIS), "a list of APIs")
-a_worker_count: Final[Check[Union[int, str]]] = expect(
+a_string_list: Final = a_list(a_string)
+a_worker_count: Final[Read[Union[int, str]]] = expect(
     'a whole number from 1 to 256, or "auto"',
     lambda value: value == "auto" or (type(value) is int and 0 < value <= 256),
 )
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
-a_secret: Final = a_text(
-    r"(?!file:)[\x21-\x7e]+|file:[^\0]+", "a non-empty string of visible ASCII characters, or file:PATH", object
-)
-a_field_value: Final = a_text(
-    r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", "a string of printable ASCII without spaces around it", object
-)
-a_token: Final = a_text(TOKEN, "a header field name")
+a_secret: Final = a_text(r"(?!file:)[!-~]+|file:[^\0]+", "a string of visible ASCII, or file:PATH", object)
+a_field_value: Final = a_text(r"[!-~]([ -~]*[!-~])?", "a string of printable ASCII without spaces around it", object)
 
 
-@Check
 def a_field_name(value: Any, path: str) -> str:
-    if a_token.read(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+    if a_text(TOKEN, "a header field name")(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
 
-@Check
 def an_affinity_header(value: Any, path: str) -> str:
-    if a_field_name.read(value, path).lower() in CREDENTIALS | REBUILT:
+    if a_field_name(value, path).lower() in CREDENTIALS | REBUILT:
         raise ConfigError(path, f"{value} has a value of its own, so the session value cannot stand in it")
     return str(value)
 
 
-@Check
 def header_fields(value: Any, path: str) -> Tuple[Tuple[str, str], ...]:
-    seen: Set[str] = set()
-    for name in an_object("an object of header names and values").read(value, path):
-        if a_field_name.read(name, f"{path}.{name}").lower() in seen:
-            raise ConfigError(f"{path}.{name}", "the same header in another case stands above")
-        seen.add(name.lower())
-    return tuple(a_map(a_field_value).read(value, path).items())
+    fields = a_map(a_field_value, "an object of header names and values")(value, path)
+    names = {a_field_name(name, f"{path}.{name}").lower() for name in fields}
+    if len(names) < len(fields):
+        raise ConfigError(path, "a header stands twice, once in another case")
+    return tuple(fields.items())
 
 
 def split_url(value: Any, problem: ConfigError) -> urllib.parse.SplitResult:
     """Return the parts of the http or https URL *value*; raise *problem* if it is none."""
     if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]+", value):
         raise problem
-    try:
+    with contextlib.suppress(ValueError):  # of a port, too, when it is asked for
         parts = urllib.parse.urlsplit(value)
-        host = parts.hostname or ""
-        if "[" in parts.netloc:
-            ipaddress.IPv6Address(host)  # before 3.11 urlsplit takes anything between brackets
         # getaddrinfo raises for a label that is empty or has more than 63 characters; a dot may end the name.
-        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", host)
+        is_host = re.fullmatch(r"([^.]{1,63}\.)*[^.]{1,63}\.?", parts.hostname or "")
         if parts.scheme in ("http", "https") and is_host and parts.port != 0:
             return parts
-    except ValueError:  # the port is looked at only when it is asked for
-        pass
     raise problem
 
 
-@Check
 def a_base_url(value: Any, path: str) -> str:
     """Return *value*, which is http(s)://host[:port][/path], without a trailing slash."""
     wanted = 'expected a base URL like "https://host/v1" (or "demo://")'
@@ -485,21 +456,19 @@ def a_base_url(value: Any, path: str) -> str:
     return urllib.parse.urlunsplit(parts).rstrip("/")  # the scheme in lower case
 
 
-@Check
 def a_replica(value: Any, path: str) -> str:
-    return str(value) if value in ("demo://", "oauth://") else a_base_url.read(value, path)
+    return str(value) if value in ("demo://", "oauth://") else a_base_url(value, path)
 
 
 def read_replicas(value: Any, path: str) -> Tuple[str, ...]:
     if isinstance(value, str):
-        return (a_replica.read(value, path),)
-    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1).read(value, path)
+        return (a_replica(value, path),)
+    urls = a_list(a_replica, "a base URL, or a list of at least one", least=1)(value, path)
     if len(set(urls)) < len(urls):
         raise ConfigError(path, "the same base URL stands twice")
     return urls
 
 
-@Check
 def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return the replicas for each API; a bare string or list is for Responses."""
     if not isinstance(value, dict):
@@ -512,14 +481,15 @@ def base_urls(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     return found
 
 
-@Check
+def model_access(value: Any, path: str) -> Tuple[str, ...]:
+    return read_object(value, path, {"access_via": a_list(one_of(*APIS))}).get("access_via", APIS)
+
+
 def provider_models(value: Any, path: str) -> Mapping[str, Tuple[str, ...]]:
     """Return for each model the APIs that reach it; from a list of names or Plexus' {name: {"access_via": [...]}}."""
     if isinstance(value, list):
-        return dict.fromkeys(model_names.read(value, path), APIS)
-    entry = Check(lambda value, path: read_object(value, path, {"access_via": an_api_list.read}))
-    entries = a_map(entry, "a list of model names, or an object").read(value, path)
-    return {name: entry.get("access_via", APIS) for name, entry in entries.items()}
+        return dict.fromkeys(a_string_list(value, path), APIS)
+    return a_map(model_access, "a list of model names, or an object")(value, path)
 
 
 class ForwardProxy(NamedTuple):
@@ -544,7 +514,6 @@ def join_authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-@Check
 def a_proxy(value: Any, path: str) -> Union[str, ForwardProxy]:
     """Return "env" and file:PATH as they are (room 8 reads the file), else the forward proxy that a URL names."""
     if isinstance(value, str) and re.fullmatch(r"env|file:[^\0]+", value):
@@ -566,9 +535,10 @@ def a_proxy_url(value: Any, path: str, others: str = "") -> ForwardProxy:
 
 
 class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
-    """What an object of the file says: its keys are the members that a subclass declares by calls of a Check.
+    """What an object of the file says: its keys are the members that a subclass declares with setting().
 
-    It never changes.  Not a dataclass: the import of those takes longer than all else that is done here.
+    It never changes, and has no repr of its own: no traceback shows a credential.  Not a dataclass: the import of
+    those takes longer than all else that is done here.
     """
 
     rows: ClassVar[Mapping[str, Setting]]
@@ -577,21 +547,14 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
         cls.rows = {name: row for name, row in vars(cls).items() if isinstance(row, Setting)}
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        members = {name: row.default for name, row in self.rows.items()}
-        members.update(zip(self.rows, values), **named)
-        if REQUIRED in members.values() or not all(hasattr(self, name) for name in named):
-            raise TypeError(f"{type(self).__name__}: a member is missing, or there is none of that name: {list(named)}")
-        vars(self).update(members)
+        vars(self).update({name: row.default for name, row in self.rows.items()})
+        vars(self).update(zip(self.rows, values), **named)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be set; see _replace")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name, row in self.rows.items() if not row.is_secret)
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _replace(self: S, **changes: Any) -> S:
         """Return a copy with *changes*, as that of a NamedTuple does."""
@@ -608,80 +571,72 @@ class Settings:  # noqa: PLW1641  # no hash: some members are dictionaries
 
 
 class Limits(Settings):
-    max_body_bytes = a_size(100 * MIB, "largest request body, also after decoding")
-    max_buffered_bytes = a_size(1024 * MIB, "request bodies held at one time, all clients together")
-    max_header_bytes = a_size(64 * KIB, "largest head of a request, and of an upstream's answer")
-    max_connections = a_number(int, 1, 10**6)(1024, "client connections at one time")
-    header_timeout_s = a_time(15, "for the whole head of a request")
-    body_timeout_s = a_time(60, "for the whole body of a request")
-    connect_timeout_s = a_time(10, "to reach an upstream, TLS included")
-    first_byte_timeout_s = a_time(600, "until an upstream's answer begins")
-    idle_timeout_s = a_time(300, "an upstream silent in the middle of an answer")
-    stall_timeout_s = a_time(300, "a client that does not read its answer")
-    client_idle_s = a_time(75, "a client's connection without a request")
-    pool_idle_s = a_time(60, "an upstream connection without a request; at most 128 idle per target")
-    drain_s = a_time_or_0(30, "running answers may take this long after SIGTERM")
-    keepalive_s = a_time_or_0(15, "comment after this silence in an event stream; 0 = none")
-    pin_idle_s = a_time(1800, "a session moved by a failover returns after this much idle time")
+    max_body_bytes = setting(a_size, 100 * MIB, "largest request body, also after decoding")
+    max_buffered_bytes = setting(a_size, 1024 * MIB, "request bodies held at one time, all clients together")
+    max_header_bytes = setting(a_size, 64 * KIB, "largest head of a request, and of an upstream's answer")
+    max_connections = setting(a_number(int, 1, 10**6), 1024, "client connections at one time")
+    header_timeout_s = setting(a_time, 15, "for the whole head of a request")
+    body_timeout_s = setting(a_time, 60, "for the whole body of a request")
+    connect_timeout_s = setting(a_time, 10, "to reach an upstream, TLS included")
+    first_byte_timeout_s = setting(a_time, 600, "until an upstream's answer begins")
+    idle_timeout_s = setting(a_time, 300, "an upstream silent in the middle of an answer")
+    stall_timeout_s = setting(a_time, 300, "a client that does not read its answer")
+    client_idle_s = setting(a_time, 75, "a client's connection without a request")
+    pool_idle_s = setting(a_time, 60, "an upstream connection without a request; at most 128 idle per target")
+    drain_s = setting(a_time_or_0, 30, "running answers may take this long after SIGTERM")
+    keepalive_s = setting(a_time_or_0, 15, "comment after this silence in an event stream; 0 = none")
+    pin_idle_s = setting(a_time, 1800, "a session moved by a failover returns after this much idle time")
 
 
 class Key(Settings):
-    secret = a_secret(REQUIRED, "what the client sends, or file:PATH", True)
-    models = model_names(None, "the only models it may use; absent = all")
-    admin = a_flag(False, "the status page shows it the sessions of all keys")
+    secret = setting(a_secret, REQUIRED, "what the client sends, or file:PATH")
+    models = setting(a_string_list, None, "the only models it may use; absent = all")
+    admin = setting(a_flag, False, "the status page shows it the sessions of all keys")
 
 
 class Price(Settings):
-    input = a_price(REQUIRED, "per million input tokens that were not cached")
-    cached = a_price(REQUIRED, "per million cached input tokens")
-    output = a_price(0, "per million output tokens")
+    input = setting(a_price, REQUIRED, "per million input tokens that were not cached")
+    cached = setting(a_price, REQUIRED, "per million cached input tokens")
+    output = setting(a_price, 0, "per million output tokens")
 
 
 class Provider(Settings):
-    api_base_url = base_urls(
-        REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo:// is built in, oauth:// below'
+    api_base_url = setting(
+        base_urls, REQUIRED, 'URL, list of replicas, {"responses": ..., "chat": ...}; demo://, oauth://'
     )
-    models = provider_models(
-        REQUIRED, 'names, or {name: {"access_via": ["responses", "chat"]}}; "*" = every other name'
-    )
-    api_key = a_secret(None, "sent as Authorization: Bearer; or file:PATH", True)
-    auth = one_of("key", "passthrough")("key", '"passthrough" sends the client\'s own credentials')
-    auth_file = a_string(None, "of oauth://; default: the Codex CLI's auth.json")
-    oauth_refresh = a_flag(False, "of oauth://: renew the tokens in auth_file here")
-    oauth_base_url = a_base_url("https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
-    oauth_token_url = a_base_url("https://auth.openai.com/oauth/token", "who renews the tokens")
-    oauth_client_id = a_string("app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
-    account = a_string(None, "who can read its encrypted_content; default: the provider")
-    headers = header_fields((), "static headers; they win over all", True)
-    session_headers = a_list(one_of(*SESSION_SPELLINGS), "a list of spellings")(
-        SESSION_SPELLINGS, "the spellings that leave"
-    )
-    affinity_headers = a_list(an_affinity_header, "a list of header names")(
-        (), "further headers that receive the session value"
-    )
-    wait_on_429_s = a_time_or_0(0, "wait this long in all before a 429 is handed on")
-    ca_file = a_string(None, "PEM file of CAs, added to the system's roots")
-    client_cert = a_string(None, "PEM file of our certificate, for upstreams that ask for one")
-    client_key = a_string(None, "PEM file of its key, unencrypted; default: in client_cert")
-    proxy = a_proxy(None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY', True)
-    connect_timeout_s = a_time(None, "overrides limits.connect_timeout_s")
-    first_byte_timeout_s = a_time(None, "overrides limits.first_byte_timeout_s")
-    idle_timeout_s = a_time(None, "overrides limits.idle_timeout_s")
-    enabled = a_flag(True, "false takes it out")
+    models = setting(provider_models, REQUIRED, 'names, or {name: {"access_via": [...]}}; "*" = every other name')
+    api_key = setting(a_secret, None, "sent as Authorization: Bearer; or file:PATH")
+    auth = setting(one_of("key", "passthrough"), "key", '"passthrough" sends the client\'s own credentials')
+    auth_file = setting(a_string, None, "of oauth://; default: the Codex CLI's auth.json")
+    oauth_refresh = setting(a_flag, False, "of oauth://: renew the tokens in auth_file here")
+    oauth_base_url = setting(a_base_url, "https://chatgpt.com/backend-api/codex", "what oauth:// stands for")
+    oauth_token_url = setting(a_base_url, "https://auth.openai.com/oauth/token", "who renews the tokens")
+    oauth_client_id = setting(a_string, "app_EMoamEEZ73f0CkXaXp7hrann", "for whom: the Codex CLI's public id")
+    account = setting(a_string, None, "who can read its encrypted_content; default: the provider")
+    headers = setting(header_fields, (), "static headers; they win over all")
+    session_headers = setting(a_list(one_of(*SESSION_SPELLINGS)), SESSION_SPELLINGS, "the spellings that leave")
+    affinity_headers = setting(a_list(an_affinity_header), (), "further headers that receive the session value")
+    wait_on_429_s = setting(a_time_or_0, 0, "wait this long in all before a 429 is handed on")
+    ca_file = setting(a_string, None, "PEM file of CAs, added to the system's roots")
+    client_cert = setting(a_string, None, "PEM file of our certificate, for upstreams that ask for one")
+    client_key = setting(a_string, None, "PEM file of its key, unencrypted; default: in client_cert")
+    proxy = setting(a_proxy, None, 'http://[user:password@]host:port, or file:PATH, or "env" for HTTPS_PROXY, NO_PROXY')
+    connect_timeout_s = setting(a_time, None, "overrides limits.connect_timeout_s")
+    first_byte_timeout_s = setting(a_time, None, "overrides limits.first_byte_timeout_s")
+    idle_timeout_s = setting(a_time, None, "overrides limits.idle_timeout_s")
+    enabled = setting(a_flag, True, "false takes it out")
     name: str = ""
 
     @classmethod
     def parse(cls, value: Any, path: str) -> "Provider":
         """Return also what its place, providers.NAME, and its oauth:// mean."""
         provider = super().parse(value, path)._replace(name=path.partition(".")[2])
-        has_sign_in = "oauth://" in provider.urls()
-        for member in ("api_key", "auth") if has_sign_in else ("auth_file", "oauth_refresh"):
-            if getattr(provider, member) != cls.rows[member].default:
-                raise ConfigError(f"{path}.{member}", f"goes {'not' if has_sign_in else 'only'} with oauth://")
-        if not has_sign_in:
+        if "oauth://" not in provider.urls():
+            if provider.auth_file or provider.oauth_refresh:
+                raise ConfigError(path, "auth_file and oauth_refresh go only with oauth://")
             return provider
-        if provider.api_base_url != {"responses": ("oauth://",)}:
-            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no other URL, no chat")
+        if provider.api_key or provider.auth != "key" or provider.api_base_url != {"responses": ("oauth://",)}:
+            raise ConfigError(f"{path}.api_base_url", "oauth:// stands alone: no api_key, auth, other URL or chat")
         return provider._replace(auth="oauth", api_base_url={"responses": (provider.oauth_base_url,)})
 
     def urls(self) -> Tuple[str, ...]:
@@ -698,22 +653,19 @@ class Provider(Settings):
 
     def timeout_s(self, name: str, limits: Limits) -> float:
         """Return the timeout *name*: its own, else that of *limits*."""
-        own: Optional[float] = getattr(self, name)
-        return float(getattr(limits, name)) if own is None else own
+        return float(getattr(self, name) or getattr(limits, name))
 
 
 class AliasTarget(Settings):
-    provider = a_string(REQUIRED, "name of a provider")
-    model = a_string(REQUIRED, "the provider's name of the model")
-    weight = a_number(float, 0.001, 1000)(1, "share of the sessions")
-    group = a_number(int, 1, 1000)(1, "used when every target of lower groups is out")
-    enabled = a_flag(True, "false takes it out")
+    provider = setting(a_string, REQUIRED, "name of a provider")
+    model = setting(a_string, REQUIRED, "the provider's name of the model")
+    weight = setting(a_number(float, 0.001, 1000), 1, "share of the sessions")
+    group = setting(a_number(int, 1, 1000), 1, "used when every target of lower groups is out")
+    enabled = setting(a_flag, True, "false takes it out")
 
 
 class Alias(Settings):
-    targets = a_list(Check(AliasTarget.parse), "a list of at least one target", least=1)(
-        REQUIRED, "where the alias leads"
-    )
+    targets = setting(a_list(AliasTarget.parse, "a list of at least one target", 1), REQUIRED, "where the alias leads")
 
 
 class Replica(NamedTuple):
@@ -741,23 +693,23 @@ class Target(Replica):
 
 
 class Tls(Settings):
-    cert = a_string(REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
-    key = a_string(None, "PEM file of its private key; absent = it is in cert")
+    cert = setting(a_string, REQUIRED, "PEM file of our certificate and the intermediate ones, read at SIGHUP")
+    key = setting(a_string, None, "PEM file of its private key; absent = it is in cert")
 
 
 class Config(Settings):
-    providers = a_map(Check(Provider.parse))(REQUIRED, "upstreams by name")
-    host = a_string("127.0.0.1", "address to listen on")
-    port = a_number(int, 0, 65535)(4000, "port to listen on; 0 = any free one")
-    tls = Check(Tls.parse)(None, "serve https; absent = http")
-    keys = a_map(Check(Key.parse))({}, "clients' keys by name")
-    workers = a_worker_count(1, 'processes that share the port; "auto" = one per core')
-    cpu_affinity = a_flag(True, "bind each process to a core: threads that share a GIL lose by moving")
-    allow_anonymous = a_flag(False, "listen beyond loopback without keys")
-    hosts = a_list(a_string, "a list of host names")((), "names a Host header may have")
-    models = a_map(Check(Alias.parse))({}, "aliases by name")
-    prices = a_map(Check(Price.parse))({}, "by model name")
-    limits = Check(Limits.parse)(Limits(), "sizes, times")
+    providers = setting(a_map(Provider.parse), REQUIRED, "upstreams by name")
+    host = setting(a_string, "127.0.0.1", "address to listen on")
+    port = setting(a_number(int, 0, 65535), 4000, "port to listen on; 0 = any free one")
+    tls = setting(Tls.parse, None, "serve https; absent = http")
+    keys = setting(a_map(Key.parse), {}, "clients' keys by name")
+    workers = setting(a_worker_count, 1, 'processes that share the port; "auto" = one per core')
+    cpu_affinity = setting(a_flag, True, "bind each process to a core: threads that share a GIL lose by moving")
+    allow_anonymous = setting(a_flag, False, "listen beyond loopback without keys")
+    hosts = setting(a_string_list, (), "names a Host header may have")
+    models = setting(a_map(Alias.parse), {}, "aliases by name")
+    prices = setting(a_map(Price.parse), {}, "by model name")
+    limits = setting(Limits.parse, Limits(), "sizes, times")
 
 
 def is_loopback(host: str) -> bool:
@@ -781,8 +733,7 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
         if default is None and name not in variables:
-            remedy = f"${{{name}:-default}} gives a default"
-            raise ConfigError(path, f"the environment variable {name} is not set ({remedy})")
+            raise ConfigError(path, f"the environment variable {name} is not set; ${{{name}:-default}} gives a default")
         return variables.get(name) or default or ""
 
     pattern = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"
@@ -835,7 +786,7 @@ def places_of(config: Config, models: Optional[Sequence[str]]) -> Tuple[Target, 
 
 def check_secrets(keys: Mapping[str, Key]) -> None:
     """Refuse two keys that cannot be told apart; those in files have been read."""
-    for name, key in reversed(list(keys.items())):
+    for name, key in keys.items():
         for other, one in keys.items():
             if name != other and f"{key.secret}:".startswith(f"{one.secret}:"):  # SECRET:label is the key SECRET
                 raise ConfigError(f"keys.{name}.secret", f"is that of keys.{other}, or that with a label")
@@ -869,8 +820,7 @@ def parse_config(value: Any) -> Config:
     check_names(config)
     check_secrets({name: key for name, key in config.keys.items() if not key.secret.startswith("file:")})
     if not (config.keys or config.allow_anonymous or is_loopback(config.host)):
-        remedy = "set keys, or allow_anonymous to true"
-        raise ConfigError("host", f"{config.host} is not a loopback address and there are no keys: {remedy}")
+        raise ConfigError("host", f"{config.host} is beyond loopback: set keys, or allow_anonymous to true")
     return config
 
 
@@ -1242,14 +1192,14 @@ Span = Tuple[int, int]
 Scan = Callable[[str, int], Tuple[Any, int]]  # (text, start of a value) -> the value and its end; StopIteration
 
 
-def parse_json(text: str, decoder: json.JSONDecoder = JSON_DECODER) -> Any:
+def parse_json(text: str) -> Any:
     """Return what *text* stands for; JSONDecodeError has the place of what is wrong.  Nesting is a RecursionError.
 
     Of NaN, Infinity and long numbers, the decoder tells no place.  With a 0 for their first character, they are a
     mistake whose place it tells; in a string, a fraction or an exponent, that 0 is none.
     """
     try:
-        return decoder.decode(text)
+        return JSON_DECODER.decode(text)
     except json.JSONDecodeError:
         raise
     except ValueError as error:
@@ -1804,20 +1754,21 @@ def render_json(value: Any) -> bytes:
 Targets = Sequence[Target]
 
 
-class Snapshot(NamedTuple):
-    """What a decision is made of, besides the targets: their load and health, and what is remembered."""
-
-    open_requests: Mapping[str, int]
-    cooling: FrozenSet[str]  # ids of targets in their cooldown
-    owner: Optional[str] = None  # the place that issued the response id or turn state that the request carries
-    pin: Optional[str] = None  # the target that a failover moved this session to
-
-
 class Place(NamedTuple):
     """What a request is placed by."""
 
     key: str  # digest of the session value, or the fingerprint where there is none: what is hashed
     session: str  # the same with the model: what a pin is remembered by
+    owner: Optional[str] = None  # the place of the target that issued the response id or turn state that it carries
+    is_bound: bool = False  # to the account of that owner
+
+
+class Snapshot(NamedTuple):
+    """What else a decision is made of: load and health of the targets, and what is remembered of the session."""
+
+    open_requests: Mapping[str, int]
+    cooling: FrozenSet[str]  # ids of targets in their cooldown
+    pin: Optional[str] = None  # id of the target that a failover moved the session to
 
 
 class Plan(NamedTuple):
@@ -1825,7 +1776,7 @@ class Plan(NamedTuple):
 
     targets: Tuple[Target, ...]
     reason: str
-    home: str  # id of the target that the hash alone would choose
+    home: Optional[Target] = None  # that the hash alone would choose, if there is a choice
 
 
 def rendezvous_score(key: str, target: Target) -> float:
@@ -1846,26 +1797,26 @@ def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int])
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool = False) -> Plan:
-    """Return the order in which *targets* (at least one) are tried for the session *key*.
+def plan_targets(targets: Targets, by: Place, snapshot: Snapshot) -> Plan:
+    """Return the order in which *targets* (at least one) are tried for what is placed *by* this.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
-    2. *bound* (only its maker can read previous_response_id and encrypted_content): targets of that account alone.
+    2. If it is bound (only its maker can read previous_response_id and encrypted_content): that account's alone.
     3. A target that cools down is tried last rather than never.
     4. Bounded load: the first of the order gives way to the next of its group that has room.
     """
     if len(targets) == 1:
-        return Plan(tuple(targets), "only", targets[0].id)
-    order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(key, target)))
-    home, cooling, load = order[0].id, snapshot.cooling, snapshot.open_requests
-    first = min(order, key=lambda target: (target.place != snapshot.owner, target.id != snapshot.pin))
-    if bound:
+        return Plan(tuple(targets), "only")
+    order = sorted(targets, key=lambda target: (target.group, -rendezvous_score(by.key, target)))
+    home, cooling, load = order[0], snapshot.cooling, snapshot.open_requests
+    first = min(order, key=lambda target: (target.place != by.owner, target.id != snapshot.pin))
+    if by.is_bound:
         account = first.provider.account_name()
         order = [target for target in order if target.provider.account_name() == account]
     # Stable, as min is: otherwise the order stays.
     order.sort(key=lambda target: (target.id in cooling, target is not first))
     first = order[0]
-    reason = "owner" if first.place == snapshot.owner else "pin" if first.id == snapshot.pin else "rendezvous"
+    reason = "owner" if first.place == by.owner else "pin" if first.id == snapshot.pin else "rendezvous"
     if reason == "rendezvous" and load.get(first.id, 0) >= LOAD_MINIMUM:  # below it there is always room
         peers = [target for target in order if target.group == first.group and target.id not in cooling]
         roomy = (target for target in peers if load.get(target.id, 0) < load_limit(target, peers, load))
@@ -1876,16 +1827,17 @@ def plan_targets(targets: Targets, key: str, snapshot: Snapshot, *, bound: bool 
     return Plan(tuple(order), reason, home)
 
 
-def is_pinned(plan: Plan, served: Target, attempts: int, targets: Targets) -> bool:
+def is_pinned(plan: Plan, served: Target, attempts: int) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
     After a failover, or when its home cooled down, its prefix now lies here.  One that only the load moved returns
     when the load has gone; not across accounts, since the next turn carries what only this account can read.
     """
-    if served.id == plan.home:
+    home = plan.home
+    if home is None or served.id == home.id:
         return False
-    accounts = {target.provider.account_name() for target in targets if target.id in (served.id, plan.home)}
-    return plan.reason != "overflow" or attempts > 1 or len(accounts) > 1
+    has_other_account = served.provider.account_name() != home.provider.account_name()
+    return plan.reason != "overflow" or attempts > 1 or has_other_account
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
@@ -1923,12 +1875,6 @@ def fingerprint_of(body: JsonBody) -> str:
     return hashlib.sha256(b"\n".join([body.part("model"), body.part("instructions"), *first])).hexdigest()
 
 
-def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str]) -> Place:
-    """Return what places a request with the session value *session*, None if it has none; then *body* does."""
-    key = fingerprint_of(body) if session is None and body else text_digest(session or "")
-    return Place(key, f"{key} {text_digest(model or '')}")
-
-
 ENCRYPTED: Final = re.compile(rb'"encrypted_content"\s*:\s*"')
 
 
@@ -1940,6 +1886,12 @@ def is_bound(body: JsonBody) -> bool:
     """
     start, end = body.spans.get("input", NO_SPAN)
     return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
+
+
+def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]) -> Place:
+    """Return what places a request with the session value *session*, None if it has none; then *body* does."""
+    key = fingerprint_of(body) if session is None and body else text_digest(session or "")
+    return Place(key, f"{key} {text_digest(model or '')}", owner, body is not None and is_bound(body))
 
 
 class Remembered(Generic[T]):
@@ -1984,33 +1936,22 @@ class Fleet:
         self._failures: Dict[str, Tuple[int, float]] = {}  # target id -> failures in a row, cools until
         self._cooldowns = collections.Counter(dict(cooldowns))  # provider -> how often one of its targets began to cool
 
-    def snapshot(
-        self, targets: Targets, now: float, owner: Optional[str] = None, pin: Optional[str] = None
-    ) -> Snapshot:
+    def snapshot(self, targets: Targets, now: float, pin: Optional[str] = None) -> Snapshot:
         with self._lock:
             open_requests = {one.id: self._open.get(one.id, 0) for one in targets}
             cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
-        return Snapshot(open_requests, cooling, owner, pin)
+        return Snapshot(open_requests, cooling, pin)
 
-    def plan(
-        self,
-        targets: Targets,
-        place: Place,
-        now: float,
-        idle_s: float,
-        owner: Optional[str] = None,
-        bound: bool = False,
-    ) -> Plan:
-        """Return the order in which *targets* are tried for *place*, from all that is known at *now* (monotonic)."""
-        pin = self.pins.get(place.session, now, idle_s)
-        return plan_targets(targets, place.key, self.snapshot(targets, now, owner, pin), bound=bound)
+    def plan(self, targets: Targets, by: Place, now: float, idle_s: float) -> Plan:
+        """Return the order in which *targets* are tried, from all that is known at *now* (monotonic)."""
+        return plan_targets(targets, by, self.snapshot(targets, now, self.pins.get(by.session, now, idle_s)))
 
-    def served(self, targets: Targets, place: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
+    def served(self, by: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
-        if is_pinned(plan, target, attempts, targets):
-            self.pins.put(place.session, target.id, now)
-        elif target.id == plan.home:
-            self.pins.forget(place.session)
+        if is_pinned(plan, target, attempts):
+            self.pins.put(by.session, target.id, now)
+        else:
+            self.pins.forget(by.session)
 
     def opened(self, target: Target) -> None:
         with self._lock:
@@ -2049,7 +1990,7 @@ class Fleet:
 
 
 # ---------------------------------------------------------------------------
-# 7  Observation -- new_record, ResponseIds, UsageReader, digest_body, miss_reason, SessionTable, Tally, render_metrics,
+# 7  Observation -- new_record, UsageReader, digest_body, miss_reason, SessionTable, Tally, render_metrics,
 #    render_status, render_line.  Copies of what passes in, values out; the relay never waits for it.
 # ---------------------------------------------------------------------------
 
@@ -2062,7 +2003,7 @@ RECORD_MEMBERS: Final = (
 Record = Dict[str, Any]
 EMPTY_RECORD: Final[Record] = {**dict.fromkeys(RECORD_MEMBERS), "attempts": 0, "bytes_in": 0, "bytes_out": 0}
 RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
-RESPONSE_ID_BYTES: Final = 16 * KIB  # it stands in the first event
+RESPONSE_ID_BYTES: Final = 16 * KIB  # looked for in so much of an answer: it stands in the first event
 
 
 @functools.lru_cache(maxsize=1)  # of a busy second hundreds of records ask
@@ -2091,84 +2032,18 @@ def render_line(record: Record) -> str:
     return one_line("  ".join(words + [f"{name} {record[name]}" for name in names if record[name] is not None]))
 
 
-class ResponseIds:
-    """Finds the response id near the beginning of an answer that is split anywhere; found is it, or None."""
-
-    def __init__(self) -> None:
-        self._start = b""
-        self.found: Optional[str] = None
-
-    def feed(self, payload: bytes) -> bool:
-        """Return True when the search is over."""
-        self._start += payload
-        found = RESPONSE_ID.search(self._start, 0, RESPONSE_ID_BYTES)
-        if found:
-            self.found = found.group(1).decode()
-        return found is not None or len(self._start) >= RESPONSE_ID_BYTES
-
-
 USAGE_NAMES: Final = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
-CACHE_NAMES: Final = (("cached_tokens", "cached_tokens"), ("cache_write_tokens", "cache_write_tokens"))
-# The member of an answer's usage, "" for the usage itself: the counts in it, each with what the access log calls it.
-USAGE_PARTS: Final = (
-    ("", (("input_tokens", "input_tokens"), ("prompt_tokens", "input_tokens"))),
-    ("", (("output_tokens", "output_tokens"), ("completion_tokens", "output_tokens"))),
-    ("input_tokens_details", CACHE_NAMES),
-    ("prompt_tokens_details", CACHE_NAMES),
-)
+USAGE_ALIASES: Final = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}  # of a chat
+USAGE_DETAILS: Final = ("input_tokens_details", "prompt_tokens_details")
 TERMINAL_EVENTS: Final = ("response.completed", "response.incomplete", "response.failed", "error")
 TELLING: Final = (b'"usage"', b'"error"', b'"response.failed"')  # nothing else of an event stream is looked at
 TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more than null
-LOOK_BYTES: Final = 16 * KIB
-SHORT_JSON_BYTES: Final = 64 * KIB  # kept whole until it is complete; what is longer is read piece by piece
-MEMBER_BYTES: Final = 8 * KIB  # of a usage or error object; real ones have some 200
-MEMBER: Final = re.compile(rb'"(usage|error)"\s{0,99}:\s{0,99}(?=\{)')
+TOLD_MEMBER: Final = re.compile(r'"(?:usage|error)"\s{0,99}:\s{0,99}(?=\{)')
+# These tell nothing but their usage.
 COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
-EVENT_TYPE: Final = re.compile(rb'"type"\s*:\s*"(response\.(?:completed|incomplete|failed)|error)"')
-
-
-class LongJson:
-    """Finds the objects "usage" and "error" at the top or one level below it, in JSON too long to be kept.
-
-    A response.completed repeats the instructions, the tools and all output.  The last MEMBER_BYTES of what came are
-    held back, so that a member is seen whole; of what came before them, depth and an open string are known.
-    """
-
-    def __init__(self, is_event: bool, begin: bytes) -> None:
-        kind = EVENT_TYPE.search(begin, 0, KIB)
-        self.kind = kind.group(1).decode() if kind else ""  # "" also where it stands at the end
-        self.found: Record = {}
-        self._max_depth = 2 if is_event else 1
-        self._depth = 0
-        self._in_string = False
-        self._held = b""
-
-    def feed(self, data: bytes, is_last: bool = False) -> None:
-        """Take *data*; after the last of it, found is complete."""
-        data = self._held + data
-        end = len(data) if is_last else max(len(data) - MEMBER_BYTES, 0)
-        end -= (end - len(data[:end].rstrip(b"\\"))) % 2  # not within an escape
-        plain = data.replace(b"\\\\", b"__").replace(b'\\"', b"__")  # now each quote begins or ends a string
-        begin = 0
-        for member in MEMBER.finditer(plain):
-            place = member.start()
-            if place >= end:
-                break
-            self._pass(plain[begin:place])
-            begin = place
-            if self._depth <= self._max_depth:
-                text = data[member.end() : place + MEMBER_BYTES].decode("utf-8", "replace")
-                with contextlib.suppress(ValueError, RecursionError):
-                    self.found[member.group(1).decode()] = json.JSONDecoder().raw_decode(text)[0]
-        self._pass(plain[begin:end])
-        self._held = data[end:]
-
-    def _pass(self, plain: bytes) -> None:
-        """Count the brackets outside strings."""
-        parts = plain.split(b'"')
-        outside = b"".join(parts[int(self._in_string) :: 2])
-        self._in_string ^= len(parts) % 2 == 0
-        self._depth += outside.count(b"{") + outside.count(b"[") - outside.count(b"}") - outside.count(b"]")
+# Upstreams write NaN, too; of a number with too many digits nothing is made, see JSON_DECODER.
+ANSWER_DECODER: Final = json.JSONDecoder(parse_int=JSON_DECODER.parse_int)
+END_BYTES: Final = 128 * KIB  # of an event or answer longer than two of them, its beginning and its end are read
 
 
 def is_telling(data: bytes) -> bool:
@@ -2177,12 +2052,43 @@ def is_telling(data: bytes) -> bool:
     return data.rfind(b'"usage"') >= 0 or data.rfind(b'"error"') >= 0 or data.rfind(b'"response.failed"') >= 0
 
 
+def read_beginning(data: bytes) -> Any:
+    """Return the JSON that begins with *data*, as far as its first object "usage" or "error".
+
+    ValueError if that lies deeper than at the top, or one level below it as in a response's last event.
+    """
+    text = data.decode("utf-8", "replace")
+    found = TOLD_MEMBER.search(text)
+    end = ANSWER_DECODER.raw_decode(text, found.end())[1] if found else 0
+    try:
+        return ANSWER_DECODER.decode(text[:end] + "}")
+    except ValueError:
+        return ANSWER_DECODER.decode(text[:end] + "}}")
+
+
+def read_end(data: bytes, max_depth: int) -> Record:
+    """Return the last "usage" of the JSON that ends with *data*, and the members behind it; {} if it is no object.
+
+    The objects that they belong to, *max_depth* at most, all end in *data*; what stands before is not read.
+    """
+    place = data.rfind(TELLING[0])
+    found: Record = {}
+    rest = data[place:].decode("utf-8", "replace") if place >= 0 else ""
+    while rest and max_depth:
+        members, end = ANSWER_DECODER.raw_decode("{" + rest)
+        found = {**members, **found}
+        rest = rest[end - 1 :].lstrip(", \t\r\n")
+        max_depth -= 1
+    return found if not rest and isinstance(found.get("usage"), dict) else {}
+
+
 class UsageReader:
     """Reads tokens and error code from copies of an answer, an event stream or one JSON object, split anywhere.
 
     feed() takes what came.  After finish(), which may be called at any time, tokens is what the answer says of
-    USAGE_PARTS, error the code of a response.failed, an error event or an error object, and is_complete whether a
-    response's last event has passed.
+    USAGE_NAMES, error the code of a response.failed, an error event or an error object, and is_complete whether a
+    response's last event has passed.  A last event repeats the instructions, the tools and all output, and may have
+    megabytes; its usage stands behind the output, its error before it.
     """
 
     def __init__(self, is_events: bool) -> None:
@@ -2190,94 +2096,73 @@ class UsageReader:
         self.error: Optional[str] = None
         self.is_complete = False
         self._is_events = is_events
-        self._parts: List[bytes] = []  # the beginning of a line, or of the one object, and what came behind it
-        self._size = 0  # of what has not been looked at
-        self._long: Optional[LongJson] = None  # reads what has become too long to be kept
+        self._begun = bytearray()  # a line without its end, or the one object; if it is long, its beginning and its end
 
     def feed(self, data: bytes) -> None:
         """Take *data*.  Whole lines are looked at now: what is kept leaves the processor's caches meanwhile."""
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > LOOK_BYTES or (self._is_events and data.endswith(b"\n")):
-            self._look()
+        end = data.rfind(b"\n") + 1 if self._is_events else 0
+        if end:
+            lines = bytes(self._begun) + data[:end]
+            self._begun.clear()
+            if is_telling(lines):
+                self._read_lines(lines)
+        self._begun += data[end:]
+        if len(self._begun) > 2 * END_BYTES:
+            del self._begun[END_BYTES:-END_BYTES]
 
     def finish(self) -> None:
-        self._look()
         if not self._is_events:  # of an event stream, a line without its end has not been sent
-            self._read(b"".join(self._parts))
-            self._end_long(b"")
-        self._parts, self._long = [], None
+            self._read(bytes(self._begun))
+        self._begun.clear()
         if self.tokens.get("cached_tokens", 0) > self.tokens.get("input_tokens", 0):
             del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
 
-    def _look(self) -> None:
-        data = b"".join(self._parts)
-        if self._is_events:
-            data = self._read_lines(data)
-        if self._long is None and len(data) > SHORT_JSON_BYTES:
-            self._long = LongJson(self._is_events, data)
-        if self._long:
-            self._long.feed(data)
-            data = b""
-        self._parts, self._size = [data] if data else [], 0
-
-    def _read_lines(self, data: bytes) -> bytes:
-        """Read the lines that are complete; return the beginning of one that is not."""
-        if self._long and b"\n" in data:
-            end, _, data = data.partition(b"\n")
-            self._end_long(end)
-        rest = data.rfind(b"\n") + 1
-        lines: Dict[int, int] = {}  # where one begins that tells something: where its usage is, 0 if it tells more
+    def _read_lines(self, lines: bytes) -> None:
+        """Read those of the *lines* that tell something."""
+        begins = set()
         for word in TELLING:
-            place = data.rfind(word, 0, rest)  # takes a third of the time of find or "in"
+            place = lines.rfind(word)  # takes a third of the time of find or "in"
             while place >= 0:
-                if TOLD.match(data, place + len(word)):
-                    line = data.rfind(b"\n", 0, place) + 1
-                    lines[line] = 0 if line in lines or word != TELLING[0] else place
-                place = data.rfind(word, 0, place)
-        for line, usage in sorted(lines.items()):
-            begin = data.find(b":", line) + 1
-            self._read(data[begin : data.find(b"\n", line)], usage - begin)
-        return data[rest:]
+                if TOLD.match(lines, place + len(word)):
+                    place = lines.rfind(b"\n", 0, place) + 1
+                    begins.add(place)
+                place = lines.rfind(word, 0, place)
+        for begin in sorted(begins):
+            self._read(lines[begin : lines.find(b"\n", begin)])
 
-    def _read(self, text: bytes, usage: int = 0) -> None:
-        """Read an event or a whole answer that tells something; only its usage, which is at *usage*, if that is
-        positive.  The last event may be long: its end is enough, if only the response is closed behind the usage."""
-        if usage > 0 and COUNTED_EVENT.match(text):
-            tail = "{" + text[usage:].decode("utf-8", "replace")
-            try:
-                members, end = JSON_DECODER.raw_decode(tail)
-            except (ValueError, RecursionError):
-                members, end = {}, 0
-            if tail[end:].strip() == "}":
-                self._note("response.completed", members)
-                return
-        with contextlib.suppress(ValueError, RecursionError):
-            event = json.loads(text)
-            if isinstance(event, dict):
-                kind, inner = event.get("type"), event.get("response")
-                if kind == "error" and isinstance(event.get("code"), str):
-                    inner = {"error": event}
-                self._note(kind, inner if isinstance(inner, dict) else event)
+    def _read(self, text: bytes) -> None:
+        """Read a line of an event stream, or the whole answer."""
+        begin = text.find(b":") + 1 if self._is_events else 0
+        is_long = len(text) >= 2 * END_BYTES
+        found: Record = {}
+        if is_long:
+            with contextlib.suppress(ValueError, RecursionError):
+                self._note(read_beginning(text[begin:END_BYTES]))
+        if is_long or COUNTED_EVENT.match(text, begin):
+            with contextlib.suppress(ValueError, RecursionError):
+                found = read_end(text[-END_BYTES:], 1 + self._is_events)
+                self._note(found)
+        if not is_long and not found:
+            with contextlib.suppress(ValueError, RecursionError):
+                self._note(ANSWER_DECODER.decode(text[begin:].decode()))
 
-    def _end_long(self, end: bytes) -> None:
-        """Read the long line or object, if there is one, of which *end* is the last."""
-        if self._long:
-            self._long.feed(end, is_last=True)
-            self._note(self._long.kind, self._long.found)
-            self._long = None
-
-    def _note(self, kind: Any, members: Record) -> None:
+    def _note(self, event: Any) -> None:
+        """Note what *event*, or an answer's one object, tells."""
+        if not isinstance(event, dict):
+            return
+        kind, inner = event.get("type"), event.get("response")
+        if kind == "error" and isinstance(event.get("code"), str):
+            inner = {"error": event}
+        members = inner if isinstance(inner, dict) else event
         usage, error = members.get("usage"), members.get("error")
         if isinstance(usage, dict):
-            # Of a long event the type may not have been seen.  Some servers count in each chunk of a chat, too.
+            # Of a last event the type may not have been read.  Some servers count in each chunk of a chat, too.
             self.is_complete |= not kind and not members.get("choices")
-            for part, names in USAGE_PARTS:
-                counts = usage.get(part) if part else usage
-                for member, name in names:
+            for counts in (usage, *map(usage.get, USAGE_DETAILS)):
+                for member in (*USAGE_NAMES, *USAGE_ALIASES):
                     value = counts.get(member) if isinstance(counts, dict) else None
                     if type(value) is int and 0 <= value < 2**53:  # not true, which is an int as well
-                        self.tokens[name] = value
+                        self.tokens[USAGE_ALIASES.get(member, member)] = value
         self.is_complete |= kind in TERMINAL_EVENTS
         if isinstance(error, dict):
             self.error = str(error.get("code") or error.get("type") or kind or "error")[:100]
@@ -2420,26 +2305,28 @@ METRICS: Final[Mapping[str, Tuple[str, Tuple[str, ...], str]]] = {
 # Bucket bounds of both histograms, for models: a cached answer begins in 0.1 s, a long one ends after minutes.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUNDS: Final = (*map(str, BUCKETS_S), "+Inf")
-# What is summed: in which metric, and what stands there in the label that is none of the row's.
-SUMMED: Final = {
-    "requests": ("plexus_requests_total", ""),
-    "bytes_in": ("plexus_received_bytes_total", ""),
-    "bytes_out": ("plexus_sent_bytes_total", ""),
-    **{name: ("plexus_tokens_total", name[: -len("_tokens")]) for name in USAGE_NAMES},
-    "ttfb_ms": ("plexus_ttfb_seconds", "sum"),
-    "duration_ms": ("plexus_request_duration_seconds", "sum"),
-}
-COUNTED: Final = ("bytes_in", "bytes_out", *USAGE_NAMES, "ttfb_ms", "duration_ms")
+TIMES: Final = (("plexus_ttfb_seconds", "ttfb_ms"), ("plexus_request_duration_seconds", "duration_ms"))
 LABEL_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 LISTED: Final = 20  # turns, misses and errors that the status page lists
 NOTED: Final = ("key", "session", "model", "target")  # of a miss as of an error
 MISS_MEMBERS: Final = (*NOTED, "miss_reason", "prefix_changed_at", "input_tokens", "cached_tokens")
 ERROR_MEMBERS: Final = (*NOTED, "id", "status", "error", "route", "provider")
 MAX_LISTED_SESSIONS: Final = 200  # kept; the page lists the last 50 that the key may see
-MAX_ROWS: Final = 500  # behind "*" clients choose the models: what comes later is counted as OTHER
+MAX_ROWS: Final = 250  # behind "*" clients choose the models: what comes later is counted as OTHER
 OTHER: Final = "(other)"
 Labels = Tuple[str, ...]
-Sums = Dict[Any, Dict[Any, float]]
+Counts = Dict[Any, Any]  # under each name a number, or again Counts
+
+
+def add_up(sums: Counts, counts: Counts, max_names: float = math.inf) -> None:
+    """Add *counts* to *sums*; where those have *max_names*, what comes under a further name is added to OTHER."""
+    for name, count in counts.items():
+        if name not in sums and len(sums) >= max_names:
+            name = OTHER
+        if isinstance(count, dict):
+            add_up(sums.setdefault(name, {}), count, max_names)
+        else:
+            sums[name] = sums.get(name, 0) + count
 
 
 class Tally:
@@ -2449,51 +2336,50 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.counts: Sums = {name: {} for name in METRICS}  # values by labels, of what is counted singly
-        # For each (route, model, provider, target, status class) sums by the names in SUMMED, of errors, of comparable
-        # tokens (the input of answers that tell its cached part), and a count for each bucket, "ttfb_ms 0.05"; none of
-        # what is unknown.  A request looks up one row; who asks adds up.
-        self.rows: Sums = {}
-        self.minutes: Sums = {}  # Unix minute -> what it had of requests, comparable and cached tokens
+        # By metric and labels; of a histogram by bucket, not yet cumulative, and under "sum" the milliseconds.
+        self.counts: Counts = {name: {} for name in METRICS}
+        # By (model, provider, target), of requests that had one: how many, errors, tokens of each kind, and comparable
+        # ones: the input of answers that tell its cached part.
+        self.rows: Counts = {}
+        self.minutes: Counts = {}  # Unix minute -> what it had of requests, comparable and cached tokens
         self.sessions: Dict[Any, Record] = {}  # (key, session), the latest last
         self.misses: List[Record] = []
         self.errors: List[Record] = []
         self.open: Dict[Labels, Tuple[int, float]] = {}  # (provider, base URL) -> requests under way, seconds of rest
 
     def count(self, name: str, labels: Labels = (), value: float = 1) -> None:
-        add_to(self.counts[name], {labels: value})
+        counts = self.counts[name]
+        counts[labels] = counts.get(labels, 0) + value
 
     def add(self, record: Record, now: float) -> None:
         """Count a request that has ended at *now* (Unix time)."""
         route, provider, status = record["route"] or "", record["provider"] or "", record["status"] or 0
-        model, cached, reason = record["model"] or "", record["cached_tokens"], record["miss_reason"]
-        place = (route, model if provider else "", provider, record["target"] or "", f"{status // 100}xx")
-        if place not in self.rows and len(self.rows) >= MAX_ROWS:
-            place = (route, OTHER, *place[2:])
-        is_error = status >= 400 or record["error"] is not None
-        told = record["input_tokens"] or 0 if cached is not None else 0
-        row = self.rows.setdefault(place, {"requests": 0, "errors": 0, "comparable_tokens": 0})
-        row["requests"] += 1
-        row["errors"] += is_error
-        row["comparable_tokens"] += told
-        for name in COUNTED if provider else COUNTED[:2]:
-            value = record[name]
-            if value is not None:
-                row[name] = row.get(name, 0) + value
-                if name.endswith("_ms"):
-                    bucket = f"{name} {BOUNDS[bisect.bisect_left(BUCKETS_S, value / 1000)]}"
-                    row[bucket] = row.get(bucket, 0) + 1
+        model, target = (record["model"] or "") if provider else "", record["target"] or ""
+        if provider and (model, provider, target) not in self.rows and len(self.rows) >= MAX_ROWS:
+            model = OTHER
+        cached, is_error = record["cached_tokens"], status >= 400 or record["error"] is not None
+        self.count("plexus_requests_total", (route, model, provider, f"{status // 100}xx"))
+        self.count("plexus_received_bytes_total", (), record["bytes_in"])
+        self.count("plexus_sent_bytes_total", (), record["bytes_out"])
         if provider:
-            minute = self.minutes.setdefault(int(now) // 60 * 60, {"requests": 0, "told": 0, "cached": 0})
-            minute["requests"] += 1
-            minute["told"] += told
-            minute["cached"] += cached or 0
+            tokens = {name: record[name] for name in USAGE_NAMES if record[name] is not None}
+            for name, value in tokens.items():
+                self.count("plexus_tokens_total", (model, provider, name[: -len("_tokens")]), value)
+            for metric, name in TIMES:
+                if record[name] is not None:
+                    bound = BOUNDS[bisect.bisect_left(BUCKETS_S, record[name] / 1000)]
+                    self.count(metric, (model, provider, bound))
+                    self.count(metric, (model, provider, "sum"), record[name])
+            told = tokens.get("input_tokens", 0) if cached is not None else 0
+            row = {"requests": 1, "errors": int(is_error), "comparable_tokens": told, **tokens}
+            add_up(self.rows, {(model, provider, target): row})
+            add_up(self.minutes, {int(now) // 60 * 60: {"requests": 1, "told": told, "cached": cached or 0}})
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
             if record["session"] is not None:
                 self._add_turn(record, now)
-        if reason is not None:
-            self.count("plexus_cache_misses_total", (place[1], reason))
+        if record["miss_reason"] is not None:
+            self.count("plexus_cache_misses_total", (model, record["miss_reason"]))
             note(self.misses, now, record, MISS_MEMBERS)
         if is_error and route != "/status":  # each page that opens is refused once, before it asks for a key
             note(self.errors, now, record, ERROR_MEMBERS)
@@ -2517,19 +2403,12 @@ def note(rows: List[Record], now: float, record: Record, names: Sequence[str]) -
     del rows[:-LISTED]
 
 
-def add_to(sums: Dict[Any, float], more: Mapping[Any, float]) -> None:
-    """Add the numbers in *more* to those of the same name in *sums*."""
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0) + value
-
-
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of what several workers counted."""
     total = Tally()
     for one in tallies:
         for ours, theirs in ((total.counts, one.counts), (total.rows, one.rows), (total.minutes, one.minutes)):
-            for key, sums in theirs.items():
-                add_to(ours.setdefault(key, {}), sums)
+            add_up(ours, theirs)
         for place, (count, rest_s) in one.open.items():
             known = total.open.get(place, (0, 0.0))
             total.open[place] = (known[0] + count, max(known[1], rest_s))
@@ -2545,18 +2424,9 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 def render_metrics(tally: Tally) -> bytes:
     """Return *tally* as Prometheus text, version 0.0.4."""
-    series: Sums = {metric: dict(counts) for metric, counts in tally.counts.items()}
-    for (route, model, provider, _, status), sums in tally.rows.items():
-        own = {"route": route, "model": model, "provider": provider, "status": status}
-        for name, value in sums.items():
-            member, _, bound = name.partition(" ")
-            metric, other = SUMMED.get(member, ("", ""))
-            if metric:
-                labels = tuple(own.get(label, bound or other) for label in METRICS[metric][1])
-                add_to(series[metric], {labels: value})
     lines = []
     for metric, (kind, names, text) in METRICS.items():
-        samples = series[metric]
+        samples = tally.counts[metric]
         lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
         if kind != "histogram":
             lines += [f"{metric}{render_labels(names, labels)} {value:.15g}" for labels, value in samples.items()]
@@ -2584,22 +2454,20 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         own = [row for row in rows if sees_all or row["key"] == identity.name]
         return sorted(own, key=lambda row: -row[moment])[:count]
 
-    def row(sums: Mapping[Any, float]) -> Record:
-        names = ("requests", "errors", "cached_tokens", "output_tokens")
+    def row(sums: Mapping[Any, float], *more: str) -> Record:
+        names = ("requests", "errors", "cached_tokens", "output_tokens", *more)
         return {"input_tokens": sums.get("comparable_tokens", 0), **{name: sums.get(name, 0) for name in names}}
 
     sees_all = identity.name is None or identity.is_admin
-    models: Sums = {}
-    idle: Record = {"open": 0, "cooling_s": 0.0}
+    models: Counts = {}
     # That nothing has gone to yet, too.
-    targets: Sums = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
+    targets: Counts = {place: {"open": count, "cooling_s": rest_s} for place, (count, rest_s) in tally.open.items()}
     total: Dict[Any, float] = {}
-    for (_, model, provider, url, _), sums in tally.rows.items():
-        if provider:
-            for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), dict(idle))):
-                add_to(each, sums)
-    priced = [(config.prices[model], sums) for model, sums in models.items() if model in config.prices]
-    costs = [cost_of(price, sums) for price, sums in priced if "input_tokens" in sums]
+    for (model, provider, url), sums in tally.rows.items():
+        for each in (total, models.setdefault(model, {}), targets.setdefault((provider, url), {})):
+            add_up(each, sums)
+    told = [(model, sums) for model, sums in models.items() if model in config.prices and "input_tokens" in sums]
+    costs = [cost_of(config.prices[model], sums) for model, sums in told]
     return {
         "version": __version__,
         "key": identity.name,
@@ -2611,7 +2479,7 @@ def render_status(tally: Tally, identity: Identity, config: Config, now: float) 
         "minutes": [[at, *sums.values()] for at, sums in sorted(tally.minutes.items()) if at > now - 3600],
         "models": [{"model": model, **row(sums)} for model, sums in models.items()],
         "targets": [
-            {"provider": provider, "target": url, **row(sums), **{name: sums[name] for name in idle}}
+            {"provider": provider, "target": url, **row(sums, "open", "cooling_s")}
             for (provider, url), sums in targets.items()
         ],
         "sessions": latest(tally.sessions.values(), "last", 50),
@@ -2937,8 +2805,8 @@ class Credentials:
 
 # ---------------------------------------------------------------------------
 # 9  Transport -- Loop; Transport, UpstreamConnection: urllib's opener over pooled connections; the way to an upstream:
-#    connect_tcp, open_tunnel, start_tls; make_server_context; load_zstd.  Knows no client and no policy.  What an
-#    error of the system or of TLS on that way means is said here (reason_of), and nowhere else.
+#    Attempt, make_tls_context; make_server_context; load_zstd.  Knows no client and no policy.  What an error of the
+#    system or of TLS on that way means is said here (reason_of), and nowhere else.
 # ---------------------------------------------------------------------------
 
 BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2949,7 +2817,6 @@ ADDRESS_S: Final = 60.0  # the address that answered is taken again for so long,
 SEND_BYTES: Final = MIB  # in one call: the loop has other streams to serve
 ISSUER_S: Final = 30.0  # for the answer of an issuer of tokens
 Origin = Tuple[str, ...]  # scheme, host with port, provider
-GONE_CHECK_S: Final = 0.25  # how often a waiting thread looks whether its client has left
 WHOLE_BODY_BYTES: Final = 8 * MIB  # of an answer that is read at one go: a list of models, say
 ANSWER_HEAD_BYTES: Final = 64 * KIB  # the same; and of a forward proxy's answer to CONNECT
 # What OpenSSL's words (the same from 1.1.1 to 3.5) mean to the operator; {} is the provider's place in the file.
@@ -2964,17 +2831,6 @@ TLS_FAILURES: Final = (
     ("key values mismatch|key type mismatch", "the key does not match the certificate"),
     ("PEM lib|not enough data|base64|X509 lib|bad end line", "the PEM in it is damaged"),
 )
-# The same for certificates that are refused: X509_V_ERR_..., "expired" if it is, "ca_file" if the provider has one.
-NO_ROOT: Final = "(18|19|20|21)"  # self-signed, or no way to a root
-REFUSALS: Final = (
-    (NO_ROOT + ".* ca_file", "is signed by {signer}, which is neither among the system's roots nor in {path}.ca_file"),
-    (NO_ROOT + r"\b", "is signed by {signer}, which is not trusted; set {path}.ca_file"),
-    ("10 expired", "expired on {end}"),
-    (r"10\b", "is signed by {signer}: that certificate or one above it has expired; check {path}.ca_file"),
-    (r"9\b", "is refused: {words}; check the clock of this machine"),
-    ("62|64", "is for {names}, not for {host}; check {path}.api_base_url"),
-    ("", "is refused: {words}"),
-)
 
 
 def do_nothing(*_: object) -> None:
@@ -2985,14 +2841,13 @@ class Loop:
     """A selector, calls from other threads, and a tick.  run() returns after stop()."""
 
     patience_s = TICK_S  # when nothing has happened for so long, it is quiet
-    _woken = _stopped = False
+    _stopped = False
     _thread = 0
     _alarm: Tuple[float, Callable[[], None]] = (math.inf, do_nothing)  # when (monotonic), what
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # protects _calls and _woken
-        self._calls: List[Tuple[Callable[..., None], Tuple[Any, ...]]] = []
+        self._calls: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._turns: Deque[Tuple[Callable[..., None], Tuple[Any, ...]]] = collections.deque()
         self._watched: Dict[socket.socket, List[Any]] = {}  # events and callback; the selector has the same lists
         self.now = time.monotonic()
@@ -3004,19 +2859,13 @@ class Loop:
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
+        self.wakeup_fd = self._wake_write.fileno()  # for signal.set_wakeup_fd: a signal ends the wait at once
         self.watch(self._wake_read, READ, self._drain_wakeups)
-
-    @property
-    def wakeup_fd(self) -> int:
-        """For signal.set_wakeup_fd: a signal ends the wait at once."""
-        return self._wake_write.fileno()
 
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in the loop's thread, soon.  Other threads may use this and hand(), and no more."""
-        with self._lock:
-            self._calls.append((function, arguments))
-            wake, self._woken = not self._woken and not self.is_this_thread(), True
-        if wake:
+        self._calls.append((function, arguments))
+        if not self.is_this_thread():
             with contextlib.suppress(OSError):  # full: it is awake anyway; closed: the program ends
                 self._wake_write.send(b"\0")
 
@@ -3092,10 +2941,9 @@ class Loop:
                 self.guard(self.on_tick, self.now)
 
     def _make_calls(self) -> None:
-        """A function of its own, or the last calls would keep their arguments, a request with its body, say."""
-        with self._lock:
-            calls, self._calls, self._woken = self._calls, [], False
-        for function, arguments in calls:
+        """A function of its own, or the last call would keep its arguments, a request with its body, say."""
+        for _ in range(len(self._calls)):  # those that come meanwhile have the next round
+            function, arguments = self._calls.popleft()
             self.guard(function, *arguments)
 
     def _take_turns(self, busy_s: float) -> None:
@@ -3172,11 +3020,6 @@ class UpstreamConnection:
             if sent < len(view):
                 self.unsent.append(view[sent:])
 
-    def close(self) -> None:
-        """Close what no loop watches."""
-        with contextlib.suppress(OSError):
-            self.sock.close()
-
 
 class OutboundRequest(urllib.request.Request):
     """A request with its header fields exactly as given: urllib's own table would change their case and merge them.
@@ -3195,16 +3038,15 @@ class OutboundRequest(urllib.request.Request):
         fields: Sequence[Field],
         body: Optional[bytes] = None,
         *,
-        is_gone: Callable[[], bool] = lambda: False,
         fresh: bool = False,
         may_wait: bool = True,
     ) -> None:
-        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made, unless is_gone()."""
+        """*fresh*: not over a pooled connection; *may_wait*: for a connection to be made."""
         url = urllib.parse.urlsplit(target.base_url)  # which remembers
         self.type, self.host, self.selector = url.scheme, url.netloc, url.path + path
         self._full_url, self.fragment = target.base_url + path, None
         self.target, self.method, self.fields, self.body = target, method, fields, body
-        self.is_gone, self.fresh, self.may_wait = is_gone, fresh, may_wait
+        self.fresh, self.may_wait = fresh, may_wait
 
     def render_head(self, proxy: Optional[ForwardProxy]) -> bytes:
         """Return the head, in absolute-form (RFC 9112 3.2.2) if *proxy* reads it."""
@@ -3247,7 +3089,7 @@ class Transport(urllib.request.BaseHandler):
     def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         """Send *request* as far as the upstream takes it now; return the connection on which its answer will come.
 
-        None if that needs a new connection, and *request* may not wait for one.  UpstreamError, ClientGone.
+        None if that needs a new connection, and *request* may not wait for one.  UpstreamError.
         """
         return self._opener.open(request, timeout=None)  # type: ignore[no-any-return]
 
@@ -3258,15 +3100,12 @@ class Transport(urllib.request.BaseHandler):
         target = Target(provider, provider.oauth_token_url, "")
         connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
-        attempt = Attempt(provider, time.monotonic() + ISSUER_S, lambda: False)
         try:
-            connection.send_some()  # what is left
-            answer, content = read_whole(connection.sock, attempt)
-            return answer.status, content
+            with connection.sock:
+                answer, content = Attempt(provider, target.base_url, ISSUER_S).read_answer(connection.sock)
+                return answer.status, content
         except (OSError, MalformedHTTP) as error:
             raise UpstreamError(f"no answer from {provider.oauth_token_url}: {error}") from None
-        finally:
-            connection.close()
 
     # -- the pool: what is in it is watched by the loop, so that what the upstream closes leaves it at once ---------
 
@@ -3278,28 +3117,24 @@ class Transport(urllib.request.BaseHandler):
         connection.idle_since, connection.reused = time.monotonic(), True
         with self._lock:
             idle = self._idle[connection.origin]
-            is_kept = not self._is_closed and len(idle) < MAX_IDLE_PER_ORIGIN
-            if is_kept:
+            if self._is_closed or len(idle) >= MAX_IDLE_PER_ORIGIN:
+                self.loop.close(connection.sock)
+            else:
                 idle.append(connection)
-        if is_kept:
-            self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
-        else:
-            self.loop.close(connection.sock)
+                self.loop.watch(connection.sock, READ, functools.partial(self._on_idle_ready, connection))
 
     def _on_idle_ready(self, connection: UpstreamConnection, events: int) -> None:
         """An idle connection has something to say: its end, what nobody asked for, or a TLS session ticket."""
         with self._lock:
             idle = self._idle[connection.origin]
-            is_idle = connection in idle
-            if is_idle:  # else a thread has taken it, and what comes is the answer: attach() will watch it again
-                with contextlib.suppress(OSError):
-                    if receive(connection.sock) is None:
-                        return
-                idle.remove(connection)
-        if is_idle:
+            if connection not in idle:  # a thread has taken it, and what comes is the answer: attach() will watch it
+                self.loop.watch(connection.sock, 0)
+                return
+            with contextlib.suppress(OSError):
+                if receive(connection.sock) is None:
+                    return
+            idle.remove(connection)
             self.loop.close(connection.sock)
-        else:
-            self.loop.watch(connection.sock, 0)
 
     def expire(self, now: float) -> None:
         """Close what has been idle for pool_idle_s; the oldest stand first."""
@@ -3334,16 +3169,15 @@ class Transport(urllib.request.BaseHandler):
 
     def _take_idle(self, origin: Origin) -> Optional[UpstreamConnection]:
         """Return an idle connection on which nothing has come since the loop looked: it would be read as the answer."""
-        while True:
-            with self._lock:
-                idle = self._idle[origin]
-                connection = idle.pop() if idle else None
-            if connection is None:
-                return None
-            with contextlib.suppress(OSError):
-                if receive(connection.sock) is None:
-                    return connection
-            self.loop.hand(self.loop.close, connection.sock)
+        with self._lock:
+            idle = self._idle[origin]
+            while idle:
+                connection = idle.pop()
+                with contextlib.suppress(OSError):
+                    if receive(connection.sock) is None:
+                        return connection
+                self.loop.hand(self.loop.close, connection.sock)
+        return None
 
     def _begin_connection(self, request: OutboundRequest, origin: Origin) -> Optional[UpstreamConnection]:
         """Begin to connect to the address that answered last; None if there is none, or it takes more than that."""
@@ -3352,6 +3186,7 @@ class Transport(urllib.request.BaseHandler):
             return None
         with contextlib.suppress(OSError):  # no descriptor left: the thread that tries it next says so
             sock = new_socket(family)
+            sock.setblocking(False)
             sock.connect_ex(address)
             error = sock.connect_ex(address)  # says how far it is: at once there, if the upstream is on this machine
             if error in (0, errno.EISCONN, errno.EALREADY, errno.EINPROGRESS, errno.EWOULDBLOCK):
@@ -3366,25 +3201,21 @@ class Transport(urllib.request.BaseHandler):
         self._addresses.pop(connection.origin, None)
 
     def _connect(self, request: OutboundRequest, origin: Origin) -> UpstreamConnection:
+        provider = request.target.provider
+        attempt = Attempt(provider, request.target.base_url, provider.timeout_s("connect_timeout_s", self._limits))
         if request.type == "demo":
             sock = self._connect_demo()
-            sock.setblocking(False)
-            return UpstreamConnection(sock, origin)
-        provider, url = request.target.provider, urllib.parse.urlsplit(request.target.base_url)
-        proxy = find_proxy(provider, request.target.base_url)
-        seconds = provider.timeout_s("connect_timeout_s", self._limits)
-        attempt = Attempt(provider, time.monotonic() + seconds, request.is_gone)
-        sock = reach(url, proxy, attempt)
+        elif request.type == "https":
+            sock = attempt.connect_tls(self._contexts[provider.name], self._sessions.get(origin))
+        else:
+            sock = attempt.connect()
+        sock.setblocking(False)
+        connection = UpstreamConnection(sock, origin, attempt.proxy if request.type == "http" else None)
         if request.type == "http":
             with contextlib.suppress(OSError):  # it has closed already
-                self._addresses[origin] = (sock.family, sock.getpeername(), proxy, time.monotonic() + ADDRESS_S)
-            return UpstreamConnection(sock, origin, proxy)
-        try:
-            session = self._sessions.get(origin)
-            tls = start_tls(sock, url.hostname or "", self._contexts[provider.name], attempt, session)
-        except ssl.SSLCertVerificationError as error:
-            raise explain_refusal(error, url, proxy, attempt) from None
-        return UpstreamConnection(tls, origin)
+                address = sock.getpeername()
+                self._addresses[origin] = (sock.family, address, connection.proxy, time.monotonic() + ADDRESS_S)
+        return connection
 
 
 # -- the way to an upstream: name, TCP, forward proxy, TLS --------------
@@ -3399,47 +3230,6 @@ def closing_on_error(sock: socket.socket) -> Iterator[None]:
         raise
 
 
-class Attempt(NamedTuple):
-    """One attempt to reach an upstream: for whom, until when (monotonic), and whether nobody waits for it any more."""
-
-    provider: Provider
-    deadline: float
-    is_gone: Callable[[], bool]
-
-    @contextlib.contextmanager
-    def at(self, phase: str) -> Iterator[None]:
-        """Name *phase* in what goes wrong meanwhile.  For SSLCertVerificationError see explain_refusal."""
-        try:
-            yield
-        except TimeoutError:
-            message = f"no {phase} within the connect_timeout_s of {self.provider.name}"
-            raise UpstreamError(message, "upstream_timeout") from None
-        except ssl.SSLCertVerificationError:
-            raise
-        except (OSError, MalformedHTTP) as error:
-            raise UpstreamError(f"no {phase}: {reason_of(error, f'providers.{self.provider.name}')}") from None
-
-    def finish(self, sock: socket.socket, step: Callable[..., T], *values: int) -> T:
-        """Return what *step* returns for *values*; it is tried, and tried again, when *sock* is connected and ready.
-
-        Else closes *sock*; TimeoutError at the deadline, ClientGone within a second of is_gone() turning true.
-        """
-        # epoll would cost a descriptor
-        with getattr(selectors, "PollSelector", selectors.DefaultSelector)() as selector, closing_on_error(sock):
-            selector.register(sock, WRITE)
-            while not self.is_gone():
-                left = self.deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError("it took too long")
-                if selector.select(min(left, GONE_CHECK_S)):
-                    try:
-                        return step(*values)
-                    except BLOCKED as error:
-                        is_full = isinstance(error, ssl.SSLWantWriteError)
-                        selector.modify(sock, WRITE if is_full else READ)
-            raise ClientGone
-
-
 def reason_of(error: Exception, path: str = "") -> str:
     """Return what went wrong in words; of what TLS says, what it means for the provider at *path*."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -3447,91 +3237,6 @@ def reason_of(error: Exception, path: str = "") -> str:
         return text
     plain = re.sub(r"^\[.*?\] | \(_ssl\.c:[0-9]+\)$", "", text)  # C's file and line help nobody
     return next((meaning.format(path) for words, meaning in TLS_FAILURES if re.search(words, text)), plain)
-
-
-def reach(url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt) -> socket.socket:
-    """Return a connection to the host of *url*; with *proxy*, one to that, and for https its tunnel to the host."""
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    name = authority = join_authority(host, port)
-    if proxy:
-        host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
-    with attempt.at(f"address of {host}"):
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    with attempt.at(f"connection to {name}"):
-        sock = connect_tcp(addresses, attempt)
-    if proxy and url.scheme == "https":
-        with attempt.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
-            open_tunnel(sock, proxy, authority, attempt)
-    return sock
-
-
-def connect_tcp(addresses: List[Any], attempt: Attempt) -> socket.socket:
-    """Return a non-blocking socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
-    for family, _, _, _, address in addresses:
-        sock = new_socket(family)
-        problem = sock.connect_ex(address)
-        if problem in (errno.EINPROGRESS, errno.EWOULDBLOCK):  # it is under way; Windows has the latter
-            problem = attempt.finish(sock, sock.getsockopt, socket.SOL_SOCKET, socket.SO_ERROR)
-        if not problem:
-            return sock
-        sock.close()
-    raise OSError(problem, os.strerror(problem))
-
-
-def new_socket(family: int) -> socket.socket:
-    """Return a TCP socket that never blocks."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
-    return sock
-
-
-def read_head(sock: socket.socket, attempt: Attempt, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
-    """Return the head of the answer that begins with *data*, and what has come after it.  OSError, MalformedHTTP."""
-    while b"\r\n\r\n" not in data:
-        if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
-            raise ConnectionError("it does not answer in HTTP/1.1")
-        more = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
-        if not more:
-            raise ConnectionError("it closed the connection")
-        data += more
-    end = data.index(b"\r\n\r\n") + 4
-    return read_answer_head(data[:end]), data[end:]
-
-
-def read_whole(sock: socket.socket, attempt: Attempt) -> Tuple[AnswerHead, bytes]:
-    """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
-    head, data = read_head(sock, attempt)
-    while head.status < 200:  # it announces another one
-        head, data = read_head(sock, attempt, data)
-    reader = answer_body(head)
-    body = reader.feed(data)
-    while not reader.done and len(body) < WHOLE_BODY_BYTES:
-        data = attempt.finish(sock, sock.recv, RECEIVE_BYTES)
-        body += reader.feed(data)
-        if not data and reader.at_end():
-            break
-        if not data:
-            raise ConnectionError("it broke off")
-    return head, body
-
-
-def open_tunnel(sock: socket.socket, proxy: ForwardProxy, authority: str, attempt: Attempt) -> None:
-    """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
-    fields = render_fields([("Host", authority), *proxy.fields()])
-    sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
-    answer, more = read_head(sock, attempt)
-    if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
-        raise wrong_password(proxy, attempt.provider)
-    if not 200 <= answer.status < 300:
-        raise ConnectionError(f"it answered {answer.status}")
-    if more:  # a TLS server does not speak first: these bytes are nobody's
-        raise ConnectionError("it answered more than a head")
-
-
-def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
-    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
-    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
 
 
 def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
@@ -3546,17 +3251,165 @@ def find_proxy(provider: Provider, base_url: str) -> Optional[ForwardProxy]:
     return a_proxy_url(found if "://" in found else "http://" + found, path)  # others take host:port there, too
 
 
-def start_tls(
-    sock: socket.socket, host: str, context: ssl.SSLContext, attempt: Attempt, session: Optional[ssl.SSLSession] = None
-) -> ssl.SSLSocket:
-    """Return *sock* after its handshake with *host*, or close it.  For SSLCertVerificationError see explain_refusal."""
-    with attempt.at(f"TLS handshake with {host}"):
-        # A ragged end must be an error: for a body that ends with the connection it is a cut.
-        tls = context.wrap_socket(
-            sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False, session=session
-        )
-        attempt.finish(tls, tls.do_handshake)
-        return tls
+def wrong_password(proxy: ForwardProxy, provider: Provider) -> UpstreamError:
+    what = "does not take the user and password" if proxy.credentials else "asks for a user and password"
+    return UpstreamError(f"the proxy {proxy.name} {what}; check providers.{provider.name}.proxy")
+
+
+def new_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or the last bytes wait for an ACK: 40 ms
+    return sock
+
+
+class Attempt:
+    """One attempt to reach what stands at a URL, within some seconds.  Its calls block: they are not for the loop."""
+
+    def __init__(self, provider: Provider, base_url: str, seconds: float) -> None:
+        self.url, self.proxy = urllib.parse.urlsplit(base_url), find_proxy(provider, base_url)
+        self.host = self.url.hostname or ""
+        self._provider, self._deadline = provider, time.monotonic() + seconds
+        self._path = f"providers.{provider.name}"  # in the configuration
+
+    @contextlib.contextmanager
+    def at(self, phase: str) -> Iterator[None]:
+        """Name *phase* in what goes wrong meanwhile."""
+        try:
+            yield
+        except (TimeoutError, socket.timeout):  # one and the same from 3.10 on
+            message = f"no {phase} within the connect_timeout_s of {self._provider.name}"
+            raise UpstreamError(message, "upstream_timeout") from None
+        except ssl.SSLCertVerificationError as error:
+            raise self._explain_refusal(error) from None
+        except (OSError, MalformedHTTP) as error:
+            raise UpstreamError(f"no {phase}: {reason_of(error, self._path)}") from None
+
+    def _limit(self, sock: socket.socket) -> socket.socket:
+        """Return *sock*, whose next call may take until the deadline; TimeoutError if that has passed."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long")
+        sock.settimeout(left)
+        return sock
+
+    def connect(self) -> socket.socket:
+        """Return a connection to the host; with a proxy, one to that, and for https its tunnel to the host."""
+        is_https, proxy = self.url.scheme == "https", self.proxy
+        host, port = self.host, self.url.port or (443 if is_https else 80)
+        name = authority = join_authority(host, port)
+        if proxy:
+            host, port, name = proxy.host, proxy.port, f"the proxy {proxy.name}"
+        with self.at(f"address of {host}"):
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with self.at(f"connection to {name}"):
+            sock = self._connect_tcp(addresses)
+        if proxy and is_https:
+            with self.at(f"tunnel to {authority} through {name}"), closing_on_error(sock):
+                self._open_tunnel(sock, proxy, authority)
+        return sock
+
+    def _connect_tcp(self, addresses: List[Any]) -> socket.socket:
+        """Return a socket to the first of getaddrinfo's *addresses* (at least one) that answers.  OSError."""
+        for family, _, _, _, address in addresses:
+            sock = new_socket(family)
+            try:
+                self._limit(sock).connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                problem = error
+        raise problem
+
+    def _open_tunnel(self, sock: socket.socket, proxy: ForwardProxy, authority: str) -> None:
+        """Let *proxy* connect *sock* to *authority* (RFC 9110 9.3.6).  No byte of the proxy's goes further."""
+        fields = render_fields([("Host", authority), *proxy.fields()])
+        sock.send(f"CONNECT {authority} HTTP/1.1\r\n".encode("ascii") + fields + b"\r\n")  # a new one takes it all
+        answer, more = self._read_head(sock)
+        if answer.status in (401, 407):  # tinyproxy answers 401 to a wrong password
+            raise wrong_password(proxy, self._provider)
+        if not 200 <= answer.status < 300:
+            raise ConnectionError(f"it answered {answer.status}")
+        if more:  # a TLS server does not speak first: these bytes are nobody's
+            raise ConnectionError("it answered more than a head")
+
+    def connect_tls(self, context: ssl.SSLContext, session: Optional[ssl.SSLSession] = None) -> ssl.SSLSocket:
+        """Return what connect() does, after the handshake with the host."""
+        sock = self.connect()
+        with self.at(f"TLS handshake with {self.host}"):
+            # A ragged end must be an error: for a body that ends with the connection it is a cut.
+            tls = context.wrap_socket(
+                sock,
+                server_hostname=self.host,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+                session=session,
+            )
+            with closing_on_error(tls):
+                self._limit(tls)
+                tls.do_handshake()
+                return tls
+
+    def _explain_refusal(self, error: ssl.SSLCertVerificationError) -> UpstreamError:
+        """Return what is wrong with the certificate of the host, and what to configure."""
+        code, meaning = error.verify_code, f"is refused: {error.verify_message}"
+        with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
+            shown = self._refused_certificate()
+            signed = f"is signed by {describe(common_name(shown['issuer']))}"
+            end = ssl.cert_time_to_seconds(shown["notAfter"])
+            if code in (18, 19, 20, 21):  # X509_V_ERR_...: self-signed, or no way to a root
+                verb = "check" if self._provider.ca_file else "set"
+                meaning = f"{signed}, which is not trusted; {verb} {self._path}.ca_file"
+            elif code in (62, 64):  # another name, or address
+                names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
+                meaning = f"is for {names or 'no name at all'}, not for {self.host}; check {self._path}.api_base_url"
+            elif code == 10 and end < time.time():
+                meaning = time.strftime("expired on %Y-%m-%d", time.gmtime(end))
+            elif code == 10:
+                meaning = f"{signed}: that certificate or one above it has expired; check {self._path}.ca_file"
+            elif code == 9:  # it is not valid yet
+                meaning += "; check the clock of this machine"
+        return UpstreamError(f"certificate of {self.host} {meaning}")
+
+    def _refused_certificate(self) -> Mapping[str, Any]:
+        """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
+
+        After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its
+        connection never carries a request and ends at once.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with self.connect_tls(context) as tls:
+            context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse; without it getpeercert() shows nothing
+            return tls.getpeercert() or {}
+
+    def _read_head(self, sock: socket.socket, data: bytes = b"") -> Tuple[AnswerHead, bytes]:
+        """Return the head of the answer that begins with *data*, and what came after it.  OSError, MalformedHTTP."""
+        while b"\r\n\r\n" not in data:
+            if len(data) > ANSWER_HEAD_BYTES or not b"HTTP/1.".startswith(data[:7]):
+                raise ConnectionError("it does not answer in HTTP/1.1")
+            more = self._limit(sock).recv(RECEIVE_BYTES)
+            if not more:
+                raise ConnectionError("it closed the connection")
+            data += more
+        end = data.index(b"\r\n\r\n") + 4
+        return read_answer_head(data[:end]), data[end:]
+
+    def read_answer(self, sock: socket.socket) -> Tuple[AnswerHead, bytes]:
+        """Return the answer on *sock*; of a body that is too long the beginning.  OSError, MalformedHTTP."""
+        head, data = self._read_head(sock)
+        while head.status < 200:  # it announces another one
+            head, data = self._read_head(sock, data)
+        reader = answer_body(head)
+        body = reader.feed(data)
+        while not reader.done and len(body) < WHOLE_BODY_BYTES:
+            data = self._limit(sock).recv(RECEIVE_BYTES)
+            body += reader.feed(data)
+            if not data and reader.at_end():
+                break
+            if not data:
+                raise ConnectionError("it broke off")
+        return head, body
 
 
 def make_tls_context(provider: Provider) -> ssl.SSLContext:
@@ -3622,39 +3475,6 @@ def say_goodbye(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         with contextlib.suppress(OSError, ValueError):  # ValueError: that has been done
             sock.unwrap()
-
-
-def explain_refusal(
-    error: ssl.SSLCertVerificationError, url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> UpstreamError:
-    """Return what is wrong with the certificate of the host of *url*, and what to configure."""
-    provider, case = attempt.provider, ""
-    facts = {"path": f"providers.{provider.name}", "host": url.hostname, "words": error.verify_message}
-    with contextlib.suppress(UpstreamError, KeyError, ValueError, OSError):  # then OpenSSL's words have to do
-        shown = peer_certificate(url, proxy, attempt)
-        names = ", ".join(describe(name) for _, name in shown.get("subjectAltName", ())[:5])
-        end = ssl.cert_time_to_seconds(shown["notAfter"])
-        date, signer = time.strftime("%Y-%m-%d", time.gmtime(end)), describe(common_name(shown["issuer"]))
-        facts.update(end=date, signer=signer, names=names or "no name at all")
-        case = f"{error.verify_code}{' expired' * (end < time.time())}{' ca_file' if provider.ca_file else ''}"
-    meaning = next(meaning for pattern, meaning in REFUSALS if re.match(pattern, case))
-    return UpstreamError(f"certificate of {url.hostname} {meaning.format(**facts)}")
-
-
-def peer_certificate(
-    url: urllib.parse.SplitResult, proxy: Optional[ForwardProxy], attempt: Attempt
-) -> Mapping[str, Any]:
-    """Return the certificate that was refused, as getpeercert() has it.  UpstreamError, ValueError.
-
-    After a failed handshake Python shows nothing of it.  So there is a second one that checks nothing; its connection
-    never carries a request and ends at once.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    with start_tls(reach(url, proxy, attempt), url.hostname or "", context, attempt) as tls:
-        context.verify_mode = ssl.CERT_REQUIRED  # too late to refuse anything; without it getpeercert() shows nothing
-        return tls.getpeercert() or {}
 
 
 def common_name(name: Any) -> str:
@@ -3768,7 +3588,7 @@ class State(NamedTuple):
 
 NO_HEAD: Final = RequestHead("", "", "", "", None, 1, Headers(()))  # of a request that could not be read
 NO_ANSWER: Final = AnswerHead(0, "", 1, Headers(()))  # not here yet
-NO_PLAN: Final = Plan((), "", "")  # not placed yet
+NO_PLAN: Final = Plan((), "")  # not placed yet
 NO_BODY: Final = BodyReader()  # never fed
 
 
@@ -4324,7 +4144,7 @@ class Answer:
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
     _tail = b""  # the last bytes of an event stream into which comments may go
-    _ids: Optional[ResponseIds] = None
+    _opening: Optional[bytes] = None  # the body's beginning, as long as the response id is looked for in it
     _is_direct = False  # an event stream that may leave by _relay_direct()
 
     def __init__(
@@ -4351,7 +4171,7 @@ class Answer:
         """Wait for more of the answer, unless the client has enough to read, and go on with what is left to send."""
         if self.upstream:
             events = 0 if len(self.connection.unsent) > HIGH_WATER_BYTES else READ
-            is_between_events = self._is_direct and self._tail[-2:] == b"\n\n" and not self._ids
+            is_between_events = self._is_direct and self._tail[-2:] == b"\n\n" and self._opening is None
             is_between = is_between_events and self._body.is_between_chunks()
             callback = self._relay_direct if is_between else self._on_ready
             self.loop.watch(self.upstream.sock, events | WRITE if self.upstream.unsent else events, callback)
@@ -4475,7 +4295,7 @@ class Answer:
         fleet.succeeded(target)
         if head.status < 400 and len(exchange.targets) > 1:
             if exchange.place:
-                fleet.served(exchange.targets, exchange.place, exchange.plan, target, exchange.tried, now)
+                fleet.served(exchange.place, exchange.plan, target, exchange.tried, now)
             for state in head.headers.all(TURN_STATE):
                 fleet.owners.put(text_digest(state), target.place, now)
 
@@ -4490,10 +4310,13 @@ class Answer:
         connection.send_payload(payload, done)
         if self._tail:
             self._tail = payload[-4:] if len(payload) > 3 else (self._tail + payload)[-4:]
-        if self._ids and self._ids.feed(payload):
-            if self._ids.found:
-                self._fleet.owners.put(text_digest(self._ids.found), self.target.place, self.loop.now)
-            self._ids = None
+        if self._opening is not None:
+            self._opening += payload
+            issued = RESPONSE_ID.search(self._opening, 0, RESPONSE_ID_BYTES)
+            if issued:
+                self._fleet.owners.put(text_digest(issued[1].decode()), self.target.place, self.loop.now)
+            if issued or len(self._opening) >= RESPONSE_ID_BYTES:
+                self._opening = None
         if exchange.usage:
             exchange.usage.feed(payload)
         if done:
@@ -4612,7 +4435,7 @@ class Answer:
         if is_stream and not is_encoded and length is None:
             self._tail = b"\n\n"
         if exchange.state.has_places and head.status < 300:
-            self._ids = ResponseIds()
+            self._opening = b""
         # What a stored response took was counted when it was made; of an error there is the code.
         if (exchange.route.action == "forward" or head.status >= 400) and not is_encoded:
             exchange.usage = UsageReader(is_stream)
@@ -4734,7 +4557,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     if body and any(target.model != model for target in targets):
         exchange.is_renamed = True
         exchange.hold(len(body.raw))
-    plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only", targets[0].id)
+    plan = choose(exchange, fleet, now) if len(targets) > 1 else Plan(targets, "only")
     if plan.reason in ("only", "rendezvous") and model and model[:7] == "direct/" and model not in state.config.models:
         plan = plan._replace(reason="direct")
     exchange.plan = plan
@@ -4768,10 +4591,8 @@ def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
         owner = fleet.owners.get(text_digest(issued), now)
     for state in exchange.headers.all(TURN_STATE):
         exchange.turn_owner = fleet.owners.get(text_digest(state), now)
-    by = exchange.place = place_of(exchange.session.value, body, exchange.model)
-    bound = body is not None and is_bound(body)
-    pin_idle_s = exchange.state.config.limits.pin_idle_s
-    plan = fleet.plan(exchange.targets, by, now, pin_idle_s, owner=owner or exchange.turn_owner, bound=bound)
+    by = exchange.place = place_of(exchange.session.value, body, exchange.model, owner or exchange.turn_owner)
+    plan = fleet.plan(exchange.targets, by, now, exchange.state.config.limits.pin_idle_s)
     if exchange.session.value is None and plan.reason == "rendezvous":
         plan = plan._replace(reason="fingerprint")
     return plan
@@ -4786,7 +4607,7 @@ def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> None:
     owners = tuple(target for target in places if target.place == owner)
     exchange.targets = owners or places
     exchange.session = session_of(exchange.headers, None)
-    exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "", "")
+    exchange.plan = Plan(exchange.targets, "owner" if owners else "only" if len(places) == 1 else "")
 
 
 def only_choice(exchange: Exchange) -> Tuple[Target, ...]:
@@ -4975,7 +4796,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head.method,
             fields,
             body,
-            is_gone=lambda: exchange.is_gone,
             fresh=exchange.was_stale,
             may_wait=may_wait,
         )
@@ -5014,12 +4834,12 @@ class Shared:
     """What all workers see, made before the first of them: the sessions' last turns, and what each has counted, so
     that any of them can tell the sum, and one that is replaced counts on.
 
-    The counts of a worker have a place of two halves: a publication is written behind the one that is read, then takes
-    its place.  One that is not whole, being written or left by a worker that died, has a wrong checksum.
+    A worker writes its counts to the older of two places, so that the other one can be read meanwhile.  What is not
+    whole, being written or left by a worker that died, has a wrong checksum.
     """
 
-    HALF_BYTES: Final = 16 * MIB  # memory is used as far as it is written
-    HEAD: Final = struct.Struct("<QII")  # number of the publication, length, checksum
+    PLACE_BYTES: Final = 16 * MIB  # memory is used as far as it is written
+    HEAD: Final = struct.Struct("<QII")  # when (monotonic ns, the same in all processes), length, checksum
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -5027,30 +4847,25 @@ class Shared:
         self.supervisor = os.getpid()
         self.sessions = SessionTable(mmap.mmap(-1, SessionTable.BYTES))
         self.clients = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")  # of each worker, each written by itself
-        self._memory = mmap.mmap(-1, 2 * workers * self.HALF_BYTES)
+        self._places = [[mmap.mmap(-1, self.PLACE_BYTES) for _ in range(2)] for _ in range(workers)]
 
     def publish(self, worker: int, tally: Tally) -> None:
-        data, number = marshal.dumps(vars(tally)), self._newest(worker)[0] + 1
-        head = (2 * worker + number % 2) * self.HALF_BYTES
-        begin = head + self.HEAD.size
-        if len(data) <= self.HALF_BYTES - self.HEAD.size:  # else far more providers than anyone has: the last one stays
-            self._memory[begin : begin + len(data)] = data
-            self.HEAD.pack_into(self._memory, head, number, len(data), zlib.crc32(data))
+        data, begin = marshal.dumps(vars(tally)), self.HEAD.size
+        place = min(self._places[worker], key=self.HEAD.unpack_from)
+        if begin + len(data) <= len(place):  # else far more providers than anyone has: the last one stays
+            place[begin : begin + len(data)] = data
+            self.HEAD.pack_into(place, 0, time.monotonic_ns(), len(data), zlib.crc32(data))
 
     def read(self, worker: int) -> Tally:
         """Return what *worker* published last; an empty Tally if nothing yet."""
-        tally, (number, data) = Tally(), self._newest(worker)
-        vars(tally).update(marshal.loads(data) if number else {})
+        tally, found = Tally(), [(0, marshal.dumps({}))]
+        for place in self._places[worker]:
+            when, length, checksum = self.HEAD.unpack_from(place)
+            data = place[self.HEAD.size : self.HEAD.size + length]
+            if length and zlib.crc32(data) == checksum:
+                found.append((when, data))
+        vars(tally).update(marshal.loads(max(found)[1]))
         return tally
-
-    def _newest(self, worker: int) -> Tuple[int, bytes]:
-        """Return number and bytes of the newest publication that is whole, 0 and b"" of none."""
-        halves = []
-        for head in (2 * worker * self.HALF_BYTES, (2 * worker + 1) * self.HALF_BYTES):
-            number, length, checksum = self.HEAD.unpack_from(self._memory, head)
-            data = self._memory[head + self.HEAD.size : head + self.HEAD.size + length]
-            halves.append((number, data) if zlib.crc32(data) == checksum else (0, b""))
-        return max(halves)
 
 
 class Log:
@@ -5217,18 +5032,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.parsers = threading.BoundedSemaphore(PARSERS)
         self.clients: Set[ClientConnection] = set()
         self._signals: Deque[int] = collections.deque()
-        self._begun: List[Exchange] = []  # and no digests taken yet
-        self._ended: List[Exchange] = []  # and not observed yet
-        self._max_ended = 1 if self.workers > 1 else MAX_ENDED  # a session's next turn may end in another process
+        self._waiting: List[Tuple[Callable[[Any], None], Any]] = []  # for a quiet moment, in this order
+        self._max_waiting = 1 if self.workers > 1 else MAX_WAITING  # a session's next turn may end in another process
         self._shown: Dict[Identity, Dict[str, Any]] = {}  # what pages show since
         self._shown_at = -math.inf  # this time of the loop
-        self._draining = False
-        self._drain_deadline = math.inf
+        self._drain_deadline = math.inf  # time of the loop, once it drains
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()  # the base class made one for itself
         self.socket = listener
         state.transport.loop = self.loop
-        self.loop.on_quiet = self._observe_ended
+        self.loop.on_quiet = self._make_waiting_calls
         self.loop.on_tick = self._tick
         self.loop.on_wake = self._handle_signals
         self.loop.on_error = self._end_broken
@@ -5241,7 +5054,7 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             for client in list(self.clients):
                 client.cut()
-            self._observe_ended()
+            self._make_waiting_calls()
             self._pass_on_warnings()  # the last may be of tokens that end with this process
             self.server_close()
             self.state.transport.close()
@@ -5250,7 +5063,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def admit(self, exchange: Exchange) -> None:
         """Set its route and identity, or refuse it by its head."""
-        if self._draining:
+        if self.is_draining():
             raise shutting_down()
         admit(exchange)
 
@@ -5277,32 +5090,29 @@ class Server(http.server.ThreadingHTTPServer):
 
     def digest_later(self, exchange: Exchange) -> None:
         """Its answer has begun: its body is no longer needed."""
-        self._begun.append(exchange)
-        self._wait_for_quiet(self._begun)
+        self._call_when_quiet(exchange.digest, self.fleet)
 
     def done(self, exchange: Exchange) -> None:
         """It has ended: its record is to be written."""
-        self._ended.append(exchange)
-        self._wait_for_quiet(self._ended)
-        if self._draining:
+        self._call_when_quiet(self._observe, exchange)
+        if self.is_draining():
             self.loop.call(self._stop_if_drained)
 
     def is_draining(self) -> bool:
-        return self._draining
+        return self._drain_deadline < math.inf
 
-    def _wait_for_quiet(self, waiting: List[Exchange]) -> None:
+    def _call_when_quiet(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Observe when no client waits for anything, or before too much of it has to be done."""
+        self._waiting.append((function, argument))
         self.loop.patience_s = QUIET_S
-        if len(waiting) == self._max_ended:
-            self.loop.call(self._observe_ended)
+        if len(self._waiting) == self._max_waiting:
+            self.loop.call(self._make_waiting_calls)
 
-    def _observe_ended(self) -> None:
-        """Observe the requests that have ended: when no client waits for anything, or before they become too many."""
-        begun, self._begun, ended, self._ended = self._begun, [], self._ended, []
+    def _make_waiting_calls(self) -> None:
+        waiting, self._waiting = self._waiting, []
         self.loop.patience_s = TICK_S
-        for exchange in begun:
-            self.loop.guard(exchange.digest, self.fleet)
-        for exchange in ended:
-            self.loop.guard(self._observe, exchange)
+        for function, argument in waiting:
+            self.loop.guard(function, argument)
 
     def _observe(self, exchange: Exchange) -> None:
         exchange.digest(self.fleet)
@@ -5345,15 +5155,11 @@ class Server(http.server.ThreadingHTTPServer):
         busy = collections.Counter(one.target.place for one in exchanges if one and one.target)
         resting = self.fleet.resting(self.loop.now)
         tally.open = {}
-        cooling: Dict[Labels, float] = {}
-        tally.counts["plexus_targets_cooling"] = cooling
         for provider in self.state.config.providers.values():
-            cooling[(provider.name,)] = 0
             for url in provider.urls():
                 place = Target(provider, url, "").place
                 rests = [rest_s for name, rest_s in resting.items() if name.startswith(place)]
-                tally.open[provider.name, url] = (busy[place], round(max(rests, default=0.0)))
-                cooling[(provider.name,)] += len(rests)
+                tally.open[provider.name, url] = (busy[place], math.ceil(max(rests, default=0)))
         tally.counts["plexus_cooldowns_total"] = {(name,): count for name, count in self.fleet.cooldowns().items()}
         tally.counts["plexus_in_flight"] = {(): sum(busy.values())}
         for name, value in process_figures().items():
@@ -5366,10 +5172,12 @@ class Server(http.server.ThreadingHTTPServer):
 
         What is shown is published first, so that what another worker shows next is never less.
         """
-        self._observe_ended()
+        self._make_waiting_calls()
         self._publish()
         others = (self._shared.read(number) for number in range(self.workers) if number != self._number)
         total = merge_tallies([self.tally, *others])
+        for (provider, _), (_, rest_s) in total.open.items():
+            total.count("plexus_targets_cooling", (provider,), rest_s > 0)
         total.counts["plexus_build_info"] = {(__version__, sys.version.split()[0]): 1}
         total.counts["process_start_time_seconds"] = {(): self.started}
         return total
@@ -5407,10 +5215,9 @@ class Server(http.server.ThreadingHTTPServer):
         """A defect in the loop's thread: say so, and close the connection that it happened on."""
         owner = getattr(function, "__self__", None)
         self.log.event("error", render_defect(error))
-        if isinstance(owner, Answer):
-            owner = owner.connection
-        if isinstance(owner, ClientConnection):
-            owner.close()
+        connection = getattr(owner, "connection", owner)  # an answer's, or it is one
+        if isinstance(connection, ClientConnection):
+            connection.close()
 
     def attach(
         self, connection: ClientConnection, exchange: Exchange, target: Target, upstream: UpstreamConnection
@@ -5462,14 +5269,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.call_after(seconds, self._accept_again)
 
     def _accept_again(self) -> None:
-        if not self._draining:
+        if not self.is_draining():
             self.loop.watch(self.socket, READ, self._accept)
             self._accept(0)
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         limit, shared = self.state.config.limits.max_connections, self._shared
         client = ClientConnection(self, sock, peer)
-        shared.clients[self._number] = len(self.clients)
         # All workers together; but where they are many elsewhere, that costs no worker its own share.
         if sum(shared.clients) >= limit and shared.workers * len(self.clients) >= limit:
             # One whose last answer is out gives way, or the one idle longest, as in nginx: its client opens another.
@@ -5488,12 +5294,12 @@ class Server(http.server.ThreadingHTTPServer):
         for client in list(self.clients):
             self.loop.guard(client.tick, now)
         self._shared.clients[self._number] = len(self.clients)  # some have left
-        self._observe_ended()  # on a busy day it is never quiet
+        self._make_waiting_calls()  # on a busy day it is never quiet
         self.state.transport.expire(now)
         self._pass_on_warnings()
         if self.workers > 1:
             self._publish()
-            if os.getppid() != self._shared.supervisor and not self._draining:
+            if os.getppid() != self._shared.supervisor and not self.is_draining():
                 self.drain()  # it has died, and nobody else would stop us
         self._stop_if_drained()
 
@@ -5502,7 +5308,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.log.event("warning", warning)
 
     def _stop_if_drained(self) -> None:
-        if self._draining and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
+        if self.is_draining() and (self.loop.now > self._drain_deadline or not any(c.is_busy for c in self.clients)):
             self.loop.stop()
 
     # -- signals ---------------------------------------------------------
@@ -5517,7 +5323,7 @@ class Server(http.server.ThreadingHTTPServer):
         while self._signals:
             if self._signals.popleft() not in STOP_SIGNALS:
                 self.reload()
-            elif self._draining:
+            elif self.is_draining():
                 self.loop.stop()
             else:
                 self.drain()
@@ -5538,7 +5344,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
-        self._draining = True
         self._drain_deadline = self.loop.now + self.state.config.limits.drain_s
         known = -1
         while known < len(self.clients):  # to close the socket would reset who waits: an answer can be acted on
@@ -5591,16 +5396,14 @@ class Supervisor:
     def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        pid = -1
-        while pid < 0:
+        pid = None
+        while pid is None:
             hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
             try:
                 pid = -1 if self._stopping else os.fork()
             except OSError as error:  # no process or memory left: the other workers go on
                 hold_signals(False)
                 self._rest(f"worker {number} cannot be started: {error.strerror}; again in {pause:g} s", pause)
-            else:
-                break
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
@@ -5640,7 +5443,6 @@ class DemoBackend:
 
     def __init__(self) -> None:
         self._prefixes: Remembered[str] = Remembered(1000 * self.SHARDS)  # digests, of the shard too
-        self.responses: Remembered[str] = Remembered(100)  # id -> JSON
 
     def connect(self) -> socket.socket:
         """Return a socket on which the demo upstream answers; a thread serves it until that socket is closed."""
@@ -5676,28 +5478,22 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        response_id = self.path.rpartition("/")[2]
-        stored = self.server.responses.get(response_id, 0.0)
         if self.path == "/models":  # "*": any; the echo is for `check`
             echo = {name.lower(): value for name, value in self.headers.items() if name.lower() not in CREDENTIALS}
             self._send({"object": "list", "data": [{"id": "*", "object": "model"}], "echo": echo})
-        elif stored is None:
-            self._send({"error": {"message": "no such response", "type": "invalid_request_error"}}, 404)
-        elif self.command == "DELETE":
-            self.server.responses.forget(response_id)
-            self._send({"id": response_id, "object": "response", "deleted": True})
         else:
-            self._send(json.loads(stored))
+            self._send({"error": {"message": "the demo keeps no responses", "type": "invalid_request_error"}}, 404)
 
     do_DELETE = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not body:  # .../cancel: no response runs on without its request, so there is none to be cancelled
+        if not body:  # .../cancel
             return self.do_GET()
-        if self.headers.get("Content-Encoding"):
-            return self._send({"error": {"message": "the demo reads plain JSON", "type": "invalid_request_error"}}, 415)
-        request, path = json.loads(body), self.path.partition("?")[0]
+        raw = decode_content(body, self.headers.get("Content-Encoding", ""), KIB * MIB, load_zstd)
+        if raw is None:
+            return self._send({"error": {"message": "unknown encoding", "type": "invalid_request_error"}}, 415)
+        request, path = json.loads(raw), self.path.partition("?")[0]
         session = self.headers.get("session_id") or self.headers.get("session-id")
         shard, total, cached = self.server.read_prompt(session, request)
         if path.endswith("/input_tokens"):
@@ -5712,9 +5508,6 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         usage.update(output_tokens_details={"reasoning_tokens": 0}, total_tokens=total + words)
         response = {"id": "resp_" + token, "object": "response", "created_at": int(time.time()), "status": "completed"}
         response.update(model=request.get("model"), output=[item], usage=usage)
-        if path.endswith("/compact"):
-            return self._send({**response, "object": "response.compaction"})
-        self.server.responses.put("resp_" + token, json.dumps(response), 0.0)
         return self._send(self._events_of(response, item, part) if request.get("stream") else response)
 
     def _events_of(self, response: Dict[str, Any], item: Dict[str, Any], part: Dict[str, Any]) -> Iterator[bytes]:
@@ -5786,15 +5579,12 @@ main > *, form { position: relative; min-width: 0; padding: 1rem; background: va
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; }
 .value { font-size: 1.75rem; line-height: 1.25; font-weight: 600; }
 .plot { display: grid; grid-template-columns: 2.75rem minmax(0, 1fr); gap: .5rem; margin-top: .75rem; }
-.plot > * { grid-column: 2; }
-.plot > .scale { grid-column: 1; flex-direction: column; text-align: right; margin: -.375rem 0; }
-.scale, .hours { display: flex; justify-content: space-between; font-size: .75rem; line-height: 1; color: var(--mute); }
-.hours span { flex: 1; }
-.plot svg { width: 100%; height: 3.5rem; overflow: visible; } .plot .curve { height: 7rem; }
-path { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
-path.good { stroke: currentColor; stroke-width: 2; }
+.plot p { display: flex; justify-content: space-between; font-size: .75rem; line-height: 1; color: var(--mute); }
+.scale { flex-direction: column; text-align: right; margin: -.375rem 0; }
+.hours { grid-column: 2; } .hours span { flex: 1; }
+.plot svg { width: 100%; height: 7rem; border-bottom: 1px solid var(--line); }
 .good { color: var(--good); } .half { color: var(--half); } .miss { color: var(--miss); } .none { color: var(--none); }
-rect { fill: currentColor; } rect.pale { opacity: .22; } rect.clear { opacity: 0; }
+rect { fill: currentColor; } rect.pale { opacity: .22; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .875rem .375rem 0; text-align: left; vertical-align: top; font-weight: normal;
   border-top: 1px solid var(--line); }
@@ -5836,10 +5626,11 @@ const REASONS = {__proto__: null,
   below_minimum: "under 1,024 tokens: too short to be cached",
   moved: "it went to another target than the turn before it",
   idle: "over 5 minutes after the turn before it: the cache may have been dropped",
+  prefix_changed: "the first thing that changed: all from there on must be read again",
   unknown: "same prefix, same target, no long pause: the reason lies with the upstream",
 };
 const byId = id => document.getElementById(id), view = byId("view"), form = byId("ask"), pause = byId("pause");
-let key = "", paused = false, stream = null, timer = 0, attempt = 0, wait_s = 1, latest = null, skew_s = 0;
+let key = "", paused = false, stream = null, timer = 0, attempt = 0, retry_s = 5, latest = null;
 
 const days = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short"});
 const times = new Intl.DateTimeFormat("en-GB", {timeStyle: "medium"});
@@ -5850,22 +5641,15 @@ const share = (cached, input) => input && cached != null ? cached / input : null
 const percent = part => part == null ? "\u2013" : (100 * part).toFixed(1) + "\u00a0%";
 const grade = part => part == null ? "none" : part >= .8 ? "good" : part >= .5 ? "half" : "miss";
 const sum = (rows, column) => rows.reduce((total, row) => total + row[column], 0);
-const known = rows => rows.filter(row => row[2] != null); // rows: [time, input tokens, cached tokens, ...]
-const rate = rows => share(sum(known(rows), 2), sum(known(rows), 1));
+const rate = rows => share(sum(rows, 2), sum(rows, 1)); // rows: [time, input tokens, cached tokens, ...]
 
 function clock(at, length = 8) {
   const time = times.format(1000 * at).slice(0, length);
   return latest.now - at < 20 * 3600 ? time : `${days.format(1000 * at)}, ${time}`;
 }
 
-function explain(reason, place) {
-  if (reason !== "prefix_changed") return REASONS[reason] || "";
-  const what = place == null ? "something" : typeof place === "number" ? "input item " + place : "the " + place;
-  return what + " changed: everything from there on must be read again";
-}
-
 function el(tag, attributes, ...children) {
-  const drawn = ["svg", "g", "rect", "path", "title"].includes(tag);
+  const drawn = ["svg", "g", "rect", "title"].includes(tag);
   const node = document.createElementNS(`http://www.w3.org/${drawn ? "2000/svg" : "1999/xhtml"}`, tag);
   for (const [name, value] of Object.entries(attributes)) if (value != null) node.setAttribute(name, value);
   const plain = child => child.replace?.(/\p{Bidi_C}/gu, "\ufffd") ?? child; // no name turns its neighbours round
@@ -5903,49 +5687,40 @@ function table(title, empty, rows, name, columns) {
         el("tr", {role: "row", "data-row": name(row)}, columns.map(cell(row)))))));
 }
 
-const rect = (kind, x, width, height) => el("rect", {class: kind, x, width, y: 100 - height, height});
-const svg = (kind, width, attributes, ...children) => // *width* by 100 units, stretched to any size
-  el("svg", {class: kind, viewBox: `0 0 ${width} 100`, preserveAspectRatio: "none", ...attributes}, children);
+// A chart with room for *count* columns, [place, text, kind, share from the cache] each, stretched to any size.
+function chart(count, attributes, columns) {
+  const rect = (kind, place, height) => el("rect", {class: kind, x: 8 * place, width: 6, y: 100 - height, height});
+  return el("svg", {viewBox: `0 0 ${8 * count} 100`, preserveAspectRatio: "none", ...attributes},
+    columns.map(([place, text, kind, part]) => el("g", {}, el("title", {}, text),
+      rect(kind + " pale", place, 100), rect(kind, place, Math.max(8, 100 * part)))));
+}
 
 function turns(session) {
   if (!session.turns.length) return "no usage known";
-  const told = session.turns.map(([at, input, cached, reason]) =>
-    `${clock(at)}: ${percent(share(cached, input))}, ${of(cached, input)}` + (reason ? ", " + reason : ""));
-  const bars = session.turns.map(([, input, cached, reason], place) => {
+  const columns = session.turns.map(([at, input, cached, reason], place) => {
     const part = share(cached, input), kind = reason === "first_request" ? "none" : grade(part);
-    return el("g", {}, el("title", {}, told[place]),
-      rect(kind + " pale", 8 * place, 6, 100), rect(kind, 8 * place, 6, 8 + 92 * part));
+    return [place, `${clock(at)}: ${percent(part)}, ${of(cached, input)}` + (reason ? ", " + reason : ""), kind, part];
   });
+  const told = columns.map(([, text]) => text);
   return el("details", {class: "turns"},
     el("summary", {"aria-label": `turns: ${told.length}, the last at ${told.slice(-1)}`},
-      svg("", 160, {"aria-hidden": true}, bars)),
+      chart(20, {"aria-hidden": true}, columns)),
     el("ol", {}, told.map(text => el("li", {}, text))));
 }
 
-// Two plots with a column for each minute: the share that came from the cache, and the tokens.
 function plot(minutes, first) {
-  const most = Math.max(0, ...minutes.map(minute => minute[1])), rates = [], loads = [];
-  let step = "", before = 0, worst = minutes[0];
-  for (const [at, input, cached, requests] of minutes) {
-    const x = (at - first) / 60, part = share(cached, input);
+  const columns = minutes.map(([at, input, cached, requests]) => {
+    const part = share(cached, input);
     const text = `${clock(at, 5)}: ${percent(part)}, ${of(cached, input)} tokens, requests: ${requests}`;
-    rates.push(rect("good pale", x, 1, 100 * part), el("g", {}, el("title", {}, text), rect("clear", x, 1, 100)));
-    loads.push(rect("half", x + .1, .8, 100 * input / most), rect("good", x + .1, .8, 100 * cached / most));
-    step += (at - before === 60 ? "V" : `M${x} `) + (100 - 100 * part) + "h1";
-    before = at;
-    if (part < rate([worst])) worst = [at, input, cached];
-  }
-  const text = most ? `${percent(rate(minutes))} of ${count(sum(minutes, 1))} input tokens came from the cache; the `
+    return [(at - first) / 60, text, grade(part), part];
+  });
+  const [worst] = [...minutes].sort((one, other) => rate([one]) - rate([other]));
+  const text = worst ? `${percent(rate(minutes))} of ${count(sum(minutes, 1))} input tokens came from the cache; the `
     + `worst minute was ${clock(worst[0], 5)} with ${percent(rate([worst]))}.` : "No tokens in this hour.";
-  const axis = (kind, ...marks) => el("div", {class: kind}, marks.map(mark => el("span", {}, mark)));
+  const axis = (kind, ...marks) => el("p", {class: kind}, marks.map(mark => el("span", {}, mark)));
   return el("figure", {class: "wide"}, el("h2", {}, "The last hour"), el("figcaption", {class: "note"}, text),
-    el("div", {class: "plot"}, el("p", {class: "note"}, "Hit rate"), axis("scale", "100 %", "50 %", "0 %"),
-      svg("curve", 60, {role: "img", "aria-label": "Hit rate by the minute: " + text},
-        el("path", {d: "M0 0H60M0 50H60M0 100H60"}), rates, el("path", {class: "good", d: step})),
-      el("p", {class: "note"}, "Input tokens a minute, ", el("span", {class: "good"}, "\u25a0 from the cache"),
-        ", ", el("span", {class: "half"}, "\u25a0 read anew")), axis("scale", most ? count(most) : "", "0"),
-      svg("load", 60, {role: "img", "aria-label": "Input tokens by the minute, at most " + count(most)},
-        el("path", {d: "M0 0H60M0 100H60"}), loads),
+    el("div", {class: "plot"}, axis("scale", "100 %", "50 %", "0 %"),
+      chart(60, {role: "img", "aria-label": "Hit rate by the minute: " + text}, columns),
       axis("hours", ...[0, 15, 30, 45].map(minute => clock(first + 60 * minute, 5)))));
 }
 
@@ -5962,27 +5737,27 @@ function tiles(d, recent) {
     tile("Errors", count(total.errors), "since the start"));
 }
 
-function tables(d, now) {
+function tables(d) {
   const number = (label, name) => [label, row => count(row[name]), "num"];
   const hit = ["Hit rate", row => percent(share(row.cached_tokens, row.input_tokens)), "num"];
   const named = (text, ...small) => [el("code", {}, text), el("small", {}, small.filter(Boolean).join(", "))];
+  const changed = at => typeof at === "number" ? "input item " + at : at;
   const whose = row => [row.model, row.provider, d.all_sessions && row.key];
-  const rest_s = row => Math.ceil(row.cooling_s - now + d.now), bad = text => el("span", {class: "miss"}, text);
+  const state = row => row.cooling_s ? el("span", {class: "miss"}, `cooling, ${row.cooling_s} s`) : "healthy";
   return [
     table("Models", "No model has been asked yet.", d.models, row => row.model, [["Model", row => row.model || "none"],
       hit, number("Saved", "cached_tokens"), number("Output", "output_tokens"), number("Requests", "requests"),
       number("Errors", "errors")]),
     table("Targets", "No upstream has been asked yet.", d.targets, row => row.provider + " " + row.target, [
-      ["Target", row => [row.provider, el("small", {}, row.target)]],
-      ["State", row => rest_s(row) > 0 ? bad(`cooling, ${rest_s(row)} s`) : "healthy"], hit, number("Open", "open"),
-      number("Requests", "requests"), number("Errors", "errors")]),
+      ["Target", row => [row.provider, el("small", {}, row.target)]], ["State", state], hit,
+      number("Open", "open"), number("Requests", "requests"), number("Errors", "errors")]),
     table("Latest sessions", "No session yet: one begins with a request that has a session header or prompt_cache_key.",
       d.sessions, row => row.session + " " + row.key, [["Session", row => named(row.session, ...whose(row))],
         ["Turns", turns, "long"], ["Hit rate", row => percent(rate(row.turns)), "num"], number("Requests", "requests"),
         ["When", row => clock(row.last), "num"]]),
     table("Latest misses", "No miss so far.", d.misses, row => row.ts + " " + row.session, [
       ["Turn", row => named(row.session || "no session", clock(row.ts), ...whose(row))],
-      ["Why", row => named(row.miss_reason, explain(row.miss_reason, row.prefix_changed_at)), "long"],
+      ["Why", row => named(row.miss_reason, changed(row.prefix_changed_at), REASONS[row.miss_reason]), "long"],
       ["Cached", row => of(row.cached_tokens, row.input_tokens), "num long"]]),
     table("Latest errors", "No error so far.", d.errors, row => row.id, [
       ["Error", row => named(`${row.status} ${row.error || ""}`, ...whose(row))],
@@ -5991,7 +5766,7 @@ function tables(d, now) {
 }
 
 function draw() {
-  const d = latest, now = Date.now() / 1000 + skew_s, first = 60 * Math.floor(now / 60) - 59 * 60;
+  const d = latest, first = 60 * Math.floor(d.now / 60) - 59 * 60;
   const hour = d.minutes.filter(minute => minute[0] >= first && minute[2])
     .map(([at, requests, input, cached]) => [at, input, cached, requests]);
   const focused = document.activeElement;
@@ -5999,7 +5774,7 @@ function draw() {
     !d.totals.requests && el("p", {class: "wide"}, "No request yet: point a client at ",
       el("code", {}, new URL("v1", location).href),
       " and ask it something twice. What it repeats should come from the cache, and this page will show it."),
-    tiles(d, hour.filter(([at]) => at > now - 300)), plot(hour, first), tables(d, now)));
+    tiles(d, hour.filter(([at]) => at > d.now - 300)), plot(hour, first), tables(d)));
   byId("about").textContent = `plexus_lite ${d.version}, workers: ${d.workers}`
     + (d.key ? `, seen by key ${d.key}` : "") + (d.all_sessions ? "" : ": only its own sessions, misses and errors");
   if (focused !== document.activeElement && focused.isConnected) focused.focus({preventScroll: true}); // it was moved
@@ -6007,15 +5782,14 @@ function draw() {
 
 function stop(text) {
   attempt += 1;
-  clearTimeout(timer); // it ends an interval too
+  clearTimeout(timer);
   stream?.close();
   byId("state").textContent = text;
 }
 
 function lost(reason) {
-  stop(`connection lost (${reason}), next try in ${wait_s} s`);
-  timer = setTimeout(start, 1000 * wait_s);
-  wait_s = Math.min(2 * wait_s, 30);
+  stop(`connection lost (${reason}), next try in ${retry_s} s`);
+  timer = setTimeout(start, 1000 * retry_s);
 }
 
 function ask() {
@@ -6038,7 +5812,6 @@ async function start() { // a ticket for the key, then a stream for the ticket
     stream = new EventSource("status?ticket=" + encodeURIComponent(said.ticket));
     stream.onerror = () => lost("the stream ended");
     stream.addEventListener("status", show);
-    timer = setInterval(() => latest && draw(), 5000); // time passes without events too
   } catch (error) {
     if (mine === attempt) lost(error.message);
   }
@@ -6046,8 +5819,6 @@ async function start() { // a ticket for the key, then a stream for the ticket
 
 function show(event) {
   latest = JSON.parse(event.data);
-  skew_s = latest.now - Date.now() / 1000;
-  wait_s = 1;
   view.hidden = pause.hidden = false;
   if (byId("state").textContent !== "live") byId("state").textContent = "live"; // a screen reader says it once
   draw();
@@ -6105,24 +5876,12 @@ NAMED: Final = ("misses", "prefix_changed_at", "errors", "used")  # by name, in 
 SHOWN_ROWS: Final = 20  # of a table
 WORST_SESSIONS: Final = 10
 MAX_NAMES: Final = 10_000  # at one place: clients can make names up, and further ones are counted together
-LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is none
+LOG_LINE_BYTES: Final = 64 * KIB  # records have 700; what is longer is read as several lines
 CLASS_WIDTH: Final = math.log(1.04)  # TTFBs are counted in classes 4 % wide: a percentile is right within 2 %
 PROGRESS_LINES: Final = 50_000
 INEVITABLE: Final = (None, "first_request", "below_minimum")  # no miss, or none that a cache could have prevented
 LINE: Final = "%-*s%10s%7s%7s%7s%7s%10s%7s%7s%7s  %s"  # of a table; the last is a bar
 TITLES: Final = ("requests", "hit", "input", "cached", "missed", "TTFB p50", "p90", "p99", "errors", "")
-Counts = Dict[Any, Any]  # under each name a number, or again Counts
-
-
-def add_up(sums: Counts, counts: Counts) -> None:
-    """Add *counts* to *sums*."""
-    for name, count in counts.items():
-        if name not in sums and len(sums) >= MAX_NAMES:
-            name = OTHER
-        if isinstance(count, dict):
-            add_up(sums.setdefault(name, {}), count)
-        else:
-            sums[name] = sums.get(name, 0) + count
 
 
 def percentile(classes: Counts, percent: int) -> Optional[float]:
@@ -6160,7 +5919,6 @@ class Report:
 
     def __init__(self) -> None:
         self._first = self._last = ""
-        self._answered_here = 0
         self._places: Counts = {}  # rows by all of GROUPS: one to count in, not four
         self._sessions: Counts = {}
 
@@ -6173,7 +5931,6 @@ class Report:
             return False
         reason, error = names.get("miss_reason"), names.get("error")
         if numbers.get("attempts") == 0 and not error:  # a probe of /health each second would hide the rest
-            self._answered_here += 1
             return True
         if numbers["status"] >= 400:
             error = error or str(numbers["status"])
@@ -6188,14 +5945,14 @@ class Report:
         if "ttfb_ms" in numbers and not error:
             row["ttfb"] = {math.log(max(numbers["ttfb_ms"], 0.01)) // CLASS_WIDTH: 1}
         place = tuple(map(names.get, GROUPS))
-        add_up(self._places, {place: row})
+        add_up(self._places, {place: row}, MAX_NAMES)
         if "session" in names:
             row["used"] = {" ".join(filter(None, place)): 1}
-            add_up(self._sessions, {names["session"]: row})
+            add_up(self._sessions, {names["session"]: row}, MAX_NAMES)
         if len(self._sessions) == MAX_NAMES:  # none of those that missed least will be among the worst
             least = sorted(self._sessions, key=lambda name: self._sessions[name].get("missed_tokens", 0))
             for name in least[: MAX_NAMES // 2]:
-                add_up(self._sessions, {OTHER: self._sessions.pop(name)})
+                add_up(self._sessions, {OTHER: self._sessions.pop(name)}, MAX_NAMES)
         return True
 
     def as_json(self) -> Dict[str, Any]:
@@ -6204,14 +5961,15 @@ class Report:
         tables.update((kind, {}) for kind in GROUPS)
         for place, row in self._places.items():
             names = [OTHER] * len(GROUPS) if place == OTHER else place
-            add_up(tables, {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}})
+            counts = {"total": {"all": row}, **{kind: {name: row} for kind, name in zip(GROUPS, names)}}
+            add_up(tables, counts, MAX_NAMES)
         found: Counts = {"from": self._first or None, "to": self._last or None}
         for kind, table in tables.items():  # the most missed tokens first, then the most requests
             rows = map(figures_of, table, table.values())
             found[kind] = sorted(rows, key=lambda row: (-(row["missed_tokens"] or 0), -row["requests"]))
         sessions = found.pop("session")
         worst = [row for row in sessions[:WORST_SESSIONS] if row["missed_tokens"]]
-        found.update(total=found["total"][0], answered_here=self._answered_here, sessions=len(sessions))
+        found.update(total=found["total"][0], sessions=len(sessions))
         return {**found, "worst_sessions": worst}
 
     def render(self, width: int, bars: bool) -> str:
@@ -6223,12 +5981,9 @@ class Report:
         space = max(width - 70 - 10 * bars, 11)  # for names
         if not total["requests"]:
             return "no records"
-        counted = (
-            f"{total['requests']:,} requests in {'over ' * (OTHER in self._sessions)}{found['sessions']:,} sessions, "
-        )
+        over = "over " if OTHER in self._sessions else ""
+        counted = f"{total['requests']:,} requests in {over}{found['sessions']:,} sessions, "
         counted += f"{self._first[:19]} to {self._last[:19]} UTC"
-        if self._answered_here:
-            counted += f"; {self._answered_here:,} more (/health, say) needed no upstream"
         legend = f"hit: cached of input tokens, in the {total['requests_with_usage']:,} requests whose usage is known; "
         legend += "missed: tokens sent uncached though a hit was possible; TTFB: of answers without error, within 2 %"
         lines = [counted, legend]
@@ -6261,19 +6016,17 @@ def read_logs(paths: Sequence[str], report: Report, is_shown: bool) -> str:
 
     strays, first = 0, ""
     for path in paths:
-        is_begun = False
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as raw:
                 file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
                 size = is_shown and os.fstat(raw.fileno()).st_size  # 0 is a pipe
                 for number, line in enumerate(iter(functools.partial(file.readline, LOG_LINE_BYTES), b""), 1):
                     try:
-                        is_record = is_begun or report.add(json.loads(line))
+                        is_record = report.add(json.loads(line))
                     except (ValueError, RecursionError):
                         is_record = False
                     if not is_record:
                         strays, first = strays + 1, first or f"{path}:{number}"
-                    is_begun = line[-1:] != b"\n"
                     if size and number % PROGRESS_LINES == 0:
                         print(end=f"\r{path}: {raw.tell() / size:.0%} ", file=sys.stderr, flush=True)
                 if size:
@@ -6309,14 +6062,12 @@ STATUSES: Final = (
     ("5(?!01)..", "FAIL", "it fails, or what stands before it does"),
     ("", "ok", "reached; it lists no models"),
 )
-# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env", the last
-# three for those with TLS.
+# Variables of the environment, and what they are to us.  The first row is for those without "proxy": "env".
 VARIABLES: Final = (
     ("(https?|no)_proxy", 'not used: no provider has "proxy": "env"'),
     ("all_proxy", 'not used; with "proxy": "env" HTTPS_PROXY and HTTP_PROXY are'),
     ("ssl_cert_(file|dir)", "taken in place of the system's roots"),
     ("(requests|curl)_ca_bundle|node_extra_ca_certs", "not used; a provider's ca_file adds roots"),
-    ("sslkeylogfile", "not used: keys of connections are never written"),
 )
 Finding = Dict[str, Any]  # a row of the table: phase, verdict, text; for --json its figures, too
 Judgement = Tuple[str, str]  # verdict, text
@@ -6374,9 +6125,8 @@ def judge_certificate(sock: ssl.SSLSocket) -> Finding:
 def notes_on(variables: Mapping[str, str], providers: Sequence[Provider]) -> List[str]:
     """Return what the *variables* of the environment are to us; never a value: passwords stand there."""
     has_env = any(provider.proxy == "env" for provider in providers)
-    has_tls = any(url.startswith("https") for one in providers for url in one.urls())
     notes = []
-    for pattern, text in VARIABLES[has_env : None if has_tls else 2]:
+    for pattern, text in VARIABLES[has_env:]:
         names = [name for name in sorted(variables) if variables[name] and re.fullmatch(pattern, name.lower())]
         notes += [f"{', '.join(names)}: {text}"] if names else []
     return notes
@@ -6400,11 +6150,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         sent_at = time.monotonic()
-        attempt = Attempt(provider, until, lambda: False)
-        with contextlib.closing(upstream), attempt.at("answer"):
-            yield from judge_way(target, upstream.sock, sent_at - began)
+        attempt = Attempt(provider, target.base_url, until - sent_at)
+        with upstream.sock, attempt.at("answer"):
+            yield from judge_way(attempt, upstream.sock, sent_at - began)
             phase = "HTTP"
-            answer, raw = read_whole(upstream.sock, attempt)
+            answer, raw = attempt.read_answer(upstream.sock)
         if answer.status == 407 and upstream.proxy:
             raise wrong_password(upstream.proxy, provider)
         ms, body = round((time.monotonic() - sent_at) * 1000, 1), None
@@ -6432,11 +6182,11 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         yield finding(phase, "FAIL", text.replace(f"the connect_timeout_s of {provider.name}", took))
 
 
-def judge_way(target: Target, sock: socket.socket, seconds: float) -> Iterator[Finding]:
+def judge_way(attempt: Attempt, sock: socket.socket, seconds: float) -> Iterator[Finding]:
     """Say where *sock* leads, after *seconds*, and what was shown there."""
-    if target.base_url == "demo://":
+    if attempt.url.scheme == "demo":
         return
-    proxy, address, ms = find_proxy(target.provider, target.base_url), "closed since", round(seconds * 1000, 1)
+    proxy, address, ms = attempt.proxy, "closed since", round(seconds * 1000, 1)
     with contextlib.suppress(OSError):
         address = join_authority(*sock.getpeername()[:2])
     way = f"through the proxy {proxy.name}" if proxy else "direct"
@@ -6474,7 +6224,7 @@ def check_upstreams(state: State) -> Finding:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(0, until + GONE_CHECK_S - time.monotonic()))
+        thread.join(max(0, until + TICK_S - time.monotonic()))
     upstreams = []
     for target, findings in zip(targets, map(list, found)):  # copies: a thread may still run
         verdict = max((row["verdict"] for row in findings), key=list(VERDICTS).index)
@@ -6483,27 +6233,21 @@ def check_upstreams(state: State) -> Finding:
     return {"upstreams": upstreams, "notes": [*state.credentials.look_again(), *notes_on(os.environ, providers)]}
 
 
-def render_checkups(found: Mapping[str, Any], width: int) -> str:
-    """Return what check_upstreams has found, for a terminal of *width* columns."""
-    import textwrap
-
-    rows = []  # the column of further lines, text
+def render_checkups(found: Mapping[str, Any]) -> str:
+    """Return what check_upstreams has found, a line for each finding."""
+    lines = []
     for one in found["upstreams"]:
-        rows.append((0, f"{one['provider']}  {one['base_url']}"))
-        rows += [(17, f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}") for row in one["findings"]]
-    rows += [(6, f"note: {note}") for note in found["notes"]]
+        lines.append(f"{one['provider']}  {one['base_url']}")
+        lines += [f"  {row['verdict']:<4}  {row['phase']:<7}  {row['text']}" for row in one["findings"]]
+    lines += [f"note: {note}" for note in found["notes"]]
     verdicts = [one["verdict"] for one in found["upstreams"]]
     summary = ", ".join(f"{verdicts.count(name)} {text}" for name, text in VERDICTS.items() if name in verdicts)
-    rows.append((0, f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}"))
-    return "\n".join(
-        line
-        for indent, text in rows
-        for line in textwrap.wrap(one_line(text), width, subsequent_indent=" " * indent, break_on_hyphens=False)
-    )
+    lines.append(f"{len(verdicts)} upstream{'s' * (len(verdicts) != 1)}: {summary or 'none is enabled'}")
+    return "\n".join(map(one_line, lines))
 
 
 # ---------------------------------------------------------------------------
-# 17  CLI -- STARTER, HELP, parse_options, read_config, make_state, load_state, the commands, main: options, the
+# 17  CLI -- STARTER, parse_options, read_config, make_state, load_state, the commands, main: options, the
 #    configuration file, exit codes.
 # ---------------------------------------------------------------------------
 
@@ -6511,121 +6255,71 @@ STARTER: Final = """\
 {
   "host": "127.0.0.1",
   "port": 4000,
-  "providers": {
-    "demo": {
-      "api_base_url": "demo://",
-      "models": ["demo-model"]
-    }
-  }
+  "providers": {"demo": {"api_base_url": "demo://", "models": ["demo-model"]}}
 }"""
-HELP: Final = """\
-usage: plexus_lite.py [COMMAND] [OPTION...]
-
-A proxy for the OpenAI Responses API that keeps the prompt cache of agent clients warm.
-
-commands:
-  serve              what is done without one
-  init               print a starter configuration
-  check              ask every upstream whether it can be used, at no cost
-  report LOG...      say what access logs, gzipped or not, tell of the cache; - is stdin
-
-options:
-  --config PATH      configuration (PLEXUS_CONFIG, or config.json beside this file)
-  --host HOST        listen on this address instead of the configuration's
-  --port PORT        listen on this port instead; 0 = any free one
-  --log-file PATH    write the log there instead of stderr; SIGHUP reopens it
-  --log-level LEVEL  error, warning, info (a line for each request; the default) or debug
-  --json             report, check: JSON instead of tables
-  --version, --help
-
-configuration keys (default):
-"""
-
-
-class Options(NamedTuple):
-    """The command line; None is what it leaves to the configuration."""
-
-    command: str = "serve"
-    files: Sequence[str] = ()
-    json: bool = False
-    config: Optional[str] = None
-    host: Optional[str] = None
-    port: Optional[int] = None
-    log_file: Optional[str] = None
-    log_level: str = "info"
 
 
 def write_out(text: str) -> None:
     """Write what was asked for to stdout, all of it; a reader that has left, as `head` does, had what it wanted."""
-    data = (text + "\n").encode("utf-8", "backslashreplace")
     try:
-        while data:
-            data = data[os.write(1, data) :]
+        with open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as stdout:
+            stdout.write(text + "\n")
     except BrokenPipeError:
         pass
     except OSError as error:
         raise ConfigError("stdout", f"cannot be written: {error.strerror}") from None
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Return what the command line says.  SystemExit after --help and --version, and for what is wrong with it.
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what the command line says; None is what it leaves to the configuration.
 
-    ConfigError for a host or port that the file could not have either.
+    SystemExit after --help and --version, and for what is wrong.
     """
-    names = ["config=", "host=", "port=", "log-file=", "log-level=", "json", "version", "help"]
-    try:
-        found, operands = getopt.gnu_getopt(arguments, "h", names)  # options and operands in any order
-        given: Dict[str, Any] = {name.lstrip("-").replace("-", "_"): value for name, value in found}
-        if given.keys() & {"h", "help", "version"}:
-            write_out(f"plexus_lite {__version__}" if "version" in given else HELP + render_reference())
-            raise SystemExit(EXIT_OK)
-        command, *files = operands or ["serve"]
-        has_json = given.pop("json", None) is not None
-        problems = {
-            f"there is no command {command}": command not in COMMANDS,
-            f"{command} {'needs a' if command == 'report' else 'reads no'} LOG": bool(files) != (command == "report"),
-            f"{command} has no --json": has_json and command not in ("check", "report"),
-            f"--log-level is one of {', '.join(LEVELS)}": given.get("log_level", "info") not in LEVELS,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                raise getopt.GetoptError(problem)
-    except getopt.GetoptError as error:
-        print(f"plexus_lite.py: error: {error}; see --help", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
-    if re.fullmatch("[0-9]{1,9}", given.get("port", "")):
-        given["port"] = int(given["port"])
-    for name in given.keys() & {"host", "port"}:
-        Config.rows[name].read(given[name], f"--{name}")
-    return Options(command, files, has_json, **given)
+    parser = argparse.ArgumentParser(
+        usage="plexus_lite.py [COMMAND] [OPTION...]",
+        description=str(__doc__).partition("\n\nHow a request travels")[0],
+        epilog="configuration keys (default):\n" + render_reference(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    add("--config", metavar="PATH", help="configuration (PLEXUS_CONFIG, or config.json beside this file)")
+    add("--host", help="listen on this address instead of the configuration's")
+    add("--port", type=int, help="listen on this port instead; 0 = any free one")
+    add("--log-file", metavar="PATH", help="write the log there instead of stderr; SIGHUP reopens it")
+    add("--log-level", choices=LEVELS, default="info", help="info, the default, has a line for each request")
+    add("--json", action="store_true", help="report, check: JSON instead of tables")
+    add("--version", action="store_true")
+    add("-h", "--help", action="store_true")
+    options = parser.parse_intermixed_args(arguments)  # options and operands in any order
+    if options.help or options.version:
+        write_out(f"plexus_lite {__version__}" if options.version else parser.format_help().rstrip())
+        raise SystemExit(EXIT_OK)
+    options.command, *options.files = options.words or ["serve"]
+    if options.command not in COMMANDS:
+        parser.error(f"there is no command {options.command}")
+    if bool(options.files) != (options.command == "report"):
+        parser.error("report needs a LOG, and no other command reads one")
+    return options
 
 
-def read_config(path: str, options: Options) -> Config:
+def read_config(path: str, options: argparse.Namespace) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
-        if not text.strip():
-            raise ConfigError("", "is empty; `python plexus_lite.py init` prints a starter configuration")
-        decoder = json.JSONDecoder(
-            object_pairs_hook=unique_members, parse_constant=refuse_constant, parse_int=JSON_DECODER.parse_int
-        )
-        value = expand_variables(parse_json(text, decoder), os.environ)
+        parse_json(text)
+        value = expand_variables(json.loads(text, object_pairs_hook=unique_members), os.environ)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None
     except OSError as error:
         raise ConfigError("", f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError("", "is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError("", f"line {error.lineno} column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError("", "nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = given
+            value[name] = Config.rows[name].read(given, f"--{name}")
     return parse_config(value)
 
 
@@ -6638,15 +6332,13 @@ def unique_members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 def raise_descriptor_limit(config: Config) -> None:
     """Two descriptors a connection: raise the soft limit as far as needed and allowed.  Windows has none."""
-    if sys.platform == "win32":
-        return
-    import resource
+    if sys.platform != "win32":
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.limits.max_connections + 256
-    if 0 <= soft < wanted:  # -1 is no limit
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * config.limits.max_connections + 256
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
 
 
 def cores() -> List[int]:
@@ -6679,33 +6371,25 @@ def make_state(config: Config, demo: DemoBackend, ticket_secret: bytes, folder: 
     return State(config, transport, catalogue, has_places, ticket_secret, credentials, tls)
 
 
-# Python 3.14 has taken __file__ away by the time that run_main begins.
-CONFIG_BESIDE: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
-
-
-def load_state(options: Options, demo: DemoBackend, ticket_secret: bytes) -> State:
-    path = options.config or os.environ.get("PLEXUS_CONFIG") or os.path.relpath(CONFIG_BESIDE)
+def load_state(options: argparse.Namespace, demo: DemoBackend, ticket_secret: bytes) -> State:
+    beside = os.path.join(os.path.dirname(sys.argv[0]), "config.json")
+    path = options.config or os.environ.get("PLEXUS_CONFIG") or beside
     try:
-        return make_state(read_config(path, options), demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
+        config = read_config(path, options)
+        raise_descriptor_limit(config)
+        return make_state(config, demo, ticket_secret, os.path.dirname(os.path.abspath(path)))
     except ConfigError as error:
         raise ConfigError("", f"{path}: {error}") from None
 
 
-def serve(options: Options) -> int:
-    demo, ticket_secret = DemoBackend(), secrets.token_bytes(32)
-
-    def load() -> State:
-        state = load_state(options, demo, ticket_secret)
-        raise_descriptor_limit(state.config)
-        return state
-
+def serve(options: argparse.Namespace) -> int:
+    load = functools.partial(load_state, options, DemoBackend(), secrets.token_bytes(32))
     state = load()
     config = state.config
     # Bound until a restart: what a later file may leave open is judged by where we listen, not by what it says.
-    options = options._replace(host=config.host)
+    options.host = config.host
     if options.log_file is not None:
         os.close(Log.open(options.log_file))
-    threading.stack_size(STACK_BYTES)
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -6717,9 +6401,8 @@ def serve(options: Options) -> int:
     first.join()
     try:
         listener = listen(config.host, config.port)
-    except (OSError, OverflowError, TypeError, ValueError) as error:  # the latter two: it can be no name
-        reason = getattr(error, "strerror", None) or error
-        say(f"cannot listen on {config.host} port {config.port}: {reason}", 2)
+    except (OSError, TypeError, ValueError) as error:  # the latter two: it can be no name
+        say(f"cannot listen on {config.host} port {config.port}: {reason_of(error)}", 2)
         return EXIT_CANNOT_LISTEN
     announce(config, listener)
     workers = len(cores()) if config.workers == "auto" else int(config.workers)
@@ -6758,40 +6441,33 @@ def announce(config: Config, listener: socket.socket) -> None:
         say(one_line(f"  {name} -> {targets}"))
 
 
-def init(_: Options) -> int:
+def init(_: argparse.Namespace) -> int:
     write_out(STARTER)
     return EXIT_OK
 
 
-def report(options: Options) -> int:
+def report(options: argparse.Namespace) -> int:
     """Say on stdout what the logs tell, and on stderr what in them is no record."""
     found = Report()
     remark = read_logs(options.files, found, os.isatty(2))
     if remark:
         say(remark, 2)
-    encoding = str(getattr(sys.stdout, "encoding", "")).lower()
-    bars = os.isatty(1) and encoding == "utf-8" and sys.platform != "win32"  # its console takes bytes for another
+    # The console of Windows takes the bytes for another encoding.
+    bars = os.isatty(1) and sys.platform != "win32" and sys.stdout.encoding.lower() == "utf-8"
     width = shutil.get_terminal_size((100, 24)).columns
     write_out(json.dumps(found.as_json()) if options.json else found.render(width, bars))
     return EXIT_OK
 
 
-def check(options: Options) -> int:
+def check(options: argparse.Namespace) -> int:
     """Say on stdout what keeps each upstream from being used, if anything does."""
-    threading.stack_size(STACK_BYTES)
     found = check_upstreams(load_state(options, DemoBackend(), b""))
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    write_out(json.dumps(found) if options.json else render_checkups(found, width))
+    write_out(json.dumps(found) if options.json else render_checkups(found))
     has_failed = any(upstream["verdict"] == "FAIL" for upstream in found["upstreams"])
     return EXIT_CHECK_FAILED if has_failed else EXIT_OK
 
 
-COMMANDS: Final[Mapping[str, Callable[[Options], int]]] = {
-    "serve": serve,
-    "init": init,
-    "check": check,
-    "report": report,
-}
+COMMANDS: Final = {"serve": serve, "init": init, "check": check, "report": report}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -6800,6 +6476,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(spare)
+    threading.stack_size(STACK_BYTES)
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         return COMMANDS[options.command](options)

@@ -93,7 +93,7 @@ def make_conversations(
         elif rng.random() < anonymous:
             value = None
         members = {"model": MODEL, "instructions": "You are a coding agent.", "input": [f"task {number}"]}
-        place = plexus_lite.place_of(value, body_of(members), MODEL)
+        place = plexus_lite.place_of(value, body_of(members), MODEL, None)
         found.append(Conversation(number, place, start, turns, value is not None))
     return found
 
@@ -237,7 +237,7 @@ class Ours(Policy):
     def candidates(self, conversation: Conversation, targets: Sequence[Target], now: float) -> Iterator[Target]:
         self.plan = self.fleet.plan(targets, conversation.place, now, PIN_IDLE_S)
         self.placements[self.plan.reason] += 1
-        self.targets, self.tried = targets, 0
+        self.tried = 0
         for target in self.plan.targets:
             self.tried += 1
             yield target
@@ -253,7 +253,7 @@ class Ours(Policy):
 
     def served(self, conversation: Conversation, target: Target, now: float) -> None:
         self.fleet.succeeded(target)
-        self.fleet.served(self.targets, conversation.place, self.plan, target, self.tried, now)
+        self.fleet.served(conversation.place, self.plan, target, self.tried, now)
 
 
 POLICIES: List[Type[Policy]] = [Random, RoundRobin, LeastConnections, StickyMap, Ours]

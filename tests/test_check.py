@@ -149,8 +149,7 @@ class Judgements(unittest.TestCase):
         )
         self.assertEqual(self.notes(names, direct, env), [])
         self.assertIn("ALL_PROXY: not used", self.notes("ALL_PROXY", env)[0])
-        roots = "SSL_CERT_FILE REQUESTS_CA_BUNDLE SSLKEYLOGFILE"
-        self.assertEqual(self.notes(roots, direct), [])  # no TLS
+        roots = "SSL_CERT_FILE REQUESTS_CA_BUNDLE"
         self.assertEqual([note.split(":")[0] for note in self.notes(roots, env)], roots.split())
         self.assertEqual(plexus_lite.notes_on({"HTTPS_PROXY": ""}, [direct]), [])
 
@@ -162,16 +161,15 @@ class Judgements(unittest.TestCase):
         ]
         return {"upstreams": upstreams, "notes": ["a note " * 30]}
 
-    def test_table_fits_and_what_others_say_cannot_move_the_cursor(self):
-        text = plexus_lite.render_checkups(self.found("ok", "FAIL", "warn", "ok"), 100)
-        self.assertLessEqual(max(map(len, text.splitlines())), 100)
+    def test_what_others_say_cannot_move_the_cursor(self):
+        text = plexus_lite.render_checkups(self.found("ok", "FAIL", "warn", "ok"))
         self.assertTrue(text.replace("\n", "").isprintable())
         self.assertEqual(text.splitlines()[-1], "4 upstreams: 2 ok, 1 with a warning, 1 failed")
         self.assertEqual(text.count("FAIL  HTTP"), 1)
 
     def test_sum_tells_one_from_many(self):
-        self.assertTrue(plexus_lite.render_checkups(self.found("FAIL"), 100).endswith("\n1 upstream: 1 failed"))
-        self.assertTrue(plexus_lite.render_checkups(self.found(), 100).endswith("0 upstreams: none is enabled"))
+        self.assertTrue(plexus_lite.render_checkups(self.found("FAIL")).endswith("\n1 upstream: 1 failed"))
+        self.assertTrue(plexus_lite.render_checkups(self.found()).endswith("0 upstreams: none is enabled"))
 
 
 class Answers(Checks):
@@ -234,7 +232,7 @@ class Answers(Checks):
         ):
             self.upstream.script(reply)
             found = examine({"up": {"api_base_url": self.upstream.base_url, "headers": {"api-key": "hush-hush"}}})
-            said = json.dumps(found) + plexus_lite.render_checkups(found, 100)
+            said = json.dumps(found) + plexus_lite.render_checkups(found)
             for secret in (KEY, "hush-hush", password):
                 self.assertNotIn(secret, said)
         self.assertRow(found, "up", "HTTP", "FAIL", "a redirect, and none is followed", status=302)

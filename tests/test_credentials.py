@@ -219,7 +219,7 @@ class Secrets(FolderTest):
         self.write("b", b"sk-b")
         with self.assertRaises(plexus_lite.ConfigError) as caught:
             self.make({"a": "file:a", "b": "file:a"})
-        self.assertIn("keys.b.secret: is that of keys.a", str(caught.exception))
+        self.assertIn("keys.a.secret: is that of keys.b", str(caught.exception))
         credentials = self.make({"a": "file:a", "b": "file:b", "c": "sk-c"})
         for same in (b"sk-a", b"sk-c:x"):
             self.write("b", same)
@@ -399,8 +399,8 @@ class ReadingSignIns(SignInTest):
     def test_what_does_not_go_together(self):
         web = "https://up/v1"
         rows: Sequence[Tuple[str, str, Mapping[str, Any]]] = (
-            ("api_key", "providers.up.api_key", self.settings(api_key="sk-1")),
-            ("passthrough", "providers.up.auth", self.settings(auth="passthrough")),
+            ("api_key", "providers.up.api_base_url", self.settings(api_key="sk-1")),
+            ("passthrough", "providers.up.api_base_url", self.settings(auth="passthrough")),
             ("a replica", "providers.up.api_base_url", self.settings(api_base_url=["oauth://", web])),
             (
                 "chat beside it",
@@ -408,12 +408,8 @@ class ReadingSignIns(SignInTest):
                 self.settings(api_base_url={"responses": "oauth://", "chat": web}),
             ),
             ("chat", "providers.up.api_base_url", self.settings(api_base_url={"chat": "oauth://"})),
-            ("auth_file elsewhere", "providers.up.auth_file", self.settings(api_base_url=web)),
-            (
-                "renewal elsewhere",
-                "providers.up.oauth_refresh",
-                {"api_base_url": web, "models": ["m"], "oauth_refresh": True},
-            ),
+            ("auth_file elsewhere", "providers.up", self.settings(api_base_url=web)),
+            ("renewal elsewhere", "providers.up", {"api_base_url": web, "models": ["m"], "oauth_refresh": True}),
             ("no URL", "providers.up.oauth_base_url", self.settings(oauth_base_url="oauth://")),
             ("demo issues nothing", "providers.up.oauth_token_url", self.settings(oauth_token_url="demo://")),
         )

@@ -1,5 +1,6 @@
 """Room 13: the demo upstream shows the main job without any network."""
 
+import gzip
 import json
 import os
 import unittest
@@ -147,12 +148,17 @@ class DemoTest(unittest.TestCase):
         tokens = self.ask(path="/v1/responses/input_tokens").json()
         self.assertGreater(tokens["input_tokens"], 100)
         self.assertIsInstance(self.ask(path="/v1/responses/compact").json(), dict)
-        made = self.ask(stream=False).json()
-        path = "/v1/responses/" + made["id"]
-        self.assertEqual(get(self.proxy.port, path, key=None).json()["id"], made["id"])
-        self.assertEqual(exchange(self.proxy.port, build_request("POST", path + "/cancel", key=None)).status, 404)
-        self.assertEqual(exchange(self.proxy.port, build_request("DELETE", path, key=None)).status, 200)
-        self.assertEqual(get(self.proxy.port, path, key=None).status, 404)
+        path = "/v1/responses/" + self.ask().json()["id"]
+        for method, rest in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
+            self.assertEqual(exchange(self.proxy.port, build_request(method, path + rest, key=None)).status, 404)
+
+    def test_compressed_bodies_are_read(self):
+        """pi 0.87 and Codex, signed in, send no others."""
+        body = gzip.compress(json.dumps({"model": self.model, "input": TEXT}).encode())
+        got = post(self.proxy.port, "/v1/responses", body, {"Content-Encoding": "gzip"}, key=None)
+        self.assertEqual(got.status, 200)
+        got = post(self.proxy.port, "/v1/responses", body, {"Content-Encoding": "br"}, key=None)
+        self.assertEqual(got.status, 415)
 
     def test_many_at_once_and_many_on_one_connection(self):
         clients = [RawClient(self.proxy.port) for _ in range(20)]

@@ -600,6 +600,7 @@ class Relayed(NamedTuple):
     nothing: bool  # the client got not a byte
     released: bool  # the upstream's connection went back to the pool
     unread: bytes  # on it
+    owned: List[str]  # digests of the ids that the upstream issued
 
 
 def begin_relay(upstream_sock: BenchSocket, old_client: bool = False, has_places: bool = False) -> Tuple[Bench, Any]:
@@ -650,6 +651,7 @@ def relay(
         not sent,
         bool(bench.transport.released),
         b"".join(piece for piece in upstream_sock.pieces if isinstance(piece, bytes)),
+        list(bench.fleet.owners._entries),
     )
 
 
@@ -730,10 +732,10 @@ def check_events(data: bytes) -> str:
     limit = 16 * 1024
     for text in (payload, b"." * (limit - zlib.crc32(payload) % (len(payload) + 9)) + payload):
         whole = plexus_lite.RESPONSE_ID.search(text[:limit])
+        owned = [plexus_lite.text_digest(whole.group(1).decode())] if whole else []
         for pieces in [[text], [text[:100], text[100:]], [text[: limit - 3], text[limit - 3 :]], *splits(text)]:
-            ids = plexus_lite.ResponseIds()
-            any(ids.feed(piece) for piece in pieces)
-            assert ids.found == (whole.group(1).decode() if whole else None), ("response id", ids.found, whole)
+            issued = relay([until_close, *pieces], has_places=True)
+            assert issued.owned == owned, ("response id", issued.owned, whole)
     return "comments" if comments else "none"
 
 
@@ -933,7 +935,8 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         if b"{" not in line:
             continue
         try:
-            event = json.loads(line.partition(b":")[2] if is_events else line, object_pairs_hook=members_once)
+            text = (line.partition(b":")[2] if is_events else line).decode()
+            event = json.loads(text, object_pairs_hook=members_once)
         except (ValueError, RecursionError):
             if is_events and (b'"response.completed"' in line or b'"response.incomplete"' in line):
                 raise Doubtful from None  # of such an event the end may be enough
@@ -945,14 +948,15 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
         if kind in ("response.completed", "response.incomplete") and any("usage" in value for value in beside):
             raise Doubtful  # looked for one level down, in whatever member
         inside = event["response"] if isinstance(event.get("response"), dict) else event
+        if kind in ("response.completed", "response.incomplete") and isinstance(inside.get("error"), dict):
+            raise Doubtful  # nothing but the usage is looked for
         flat = kind == "error" and isinstance(event.get("code"), str)
         usage = inside_of({} if flat else inside, "usage")
-        for name, old_name in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
-            take(tokens, name, usage.get(name))
-            take(tokens, name, usage.get(old_name))
-        for details in ("input_tokens_details", "prompt_tokens_details"):
-            for name in ("cached_tokens", "cache_write_tokens"):
-                take(tokens, name, inside_of(usage, details).get(name))
+        for counts in (usage, inside_of(usage, "input_tokens_details"), inside_of(usage, "prompt_tokens_details")):
+            for name in ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens"):
+                take(tokens, name, counts.get(name))
+            take(tokens, "input_tokens", counts.get("prompt_tokens"))
+            take(tokens, "output_tokens", counts.get("completion_tokens"))
         if isinstance(inside.get("error"), dict) or kind in ("error", "response.failed"):
             failure = event if flat else inside_of(inside, "error")
             error = str(failure.get("code") or failure.get("type") or kind or "error")[:100]
@@ -981,8 +985,7 @@ def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
     reader = plexus_lite.UsageReader(is_events)
     for piece in pieces:
         reader.feed(piece)
-        held = sum(map(len, reader._parts)) - reader._size + (len(reader._long._held) if reader._long else 0)
-        assert held <= plexus_lite.SHORT_JSON_BYTES, ("kept", held)
+        assert len(reader._begun) <= 2 * plexus_lite.END_BYTES, ("kept", len(reader._begun))
     reader.finish()
     return (reader.tokens, reader.error), reader.is_complete
 
@@ -990,9 +993,11 @@ def read_usage(pieces: Sequence[bytes], is_events: bool) -> Tuple[Usage, bool]:
 def check_usage(data: bytes) -> str:
     seen = "nothing"
     for is_events in (True, False):
-        whole = read_usage([data], is_events)
-        for pieces in splits(data):
-            assert read_usage(pieces, is_events) == whole, ("the splits decide", whole, pieces)
+        for size in (50 + zlib.crc32(data) % 300, plexus_lite.END_BYTES):
+            with unittest.mock.patch.object(plexus_lite, "END_BYTES", size):
+                whole = read_usage([data], is_events)
+                for pieces in splits(data):
+                    assert read_usage(pieces, is_events) == whole, ("the splits decide", whole, pieces)
         with contextlib.suppress(Doubtful):
             wanted = ref_usage(data, is_events)
             assert whole[0] == wanted, (is_events, whole, wanted)

@@ -419,7 +419,7 @@ class LeavingTest(unittest.TestCase):
         handler: Any = object.__new__(plexus_lite.Handler)
         exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, unittest.mock.Mock(), "", 0.0, plexus_lite.Bodies(1))
         exchange.route = plexus_lite.Route("/responses", "/responses", "forward")
-        exchange.plan = plexus_lite.Plan(targets, "only", "")
+        exchange.plan = plexus_lite.Plan(targets, "only")
 
         def leave(request: Any) -> Any:
             handler.exchange.is_gone = True
@@ -496,7 +496,7 @@ class SeenTest(unittest.TestCase):
             bodies = plexus_lite.Bodies(1)
             one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, bodies)  # type: ignore[arg-type]
             one.session, one.json = plexus_lite.Session("s", "session-id"), plexus_lite.parse_json_body(raw)
-            one.plan = plexus_lite.Plan((), "only", "")
+            one.plan = plexus_lite.Plan((), "only")
             one.digest(fleet)
             self.assertEqual(fleet.seen.get(one.session.digest or "", 0.0) is not None, is_remembered)
             self.assertTrue(one.prefix)

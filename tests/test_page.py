@@ -347,13 +347,13 @@ class ScriptedTest(PageTest):
         rate = 100 * sum(one[3] for one in recent) / sum(one[2] for one in recent)
         for text in (f"{rate:.1f}\u00a0%", "38.22", "12.34 spent",
                      "gpt-5.4-mini", "http://gpu2:8000/v1", "cooling, ", "healthy",
-                     "5feceb66ffc8", "input item 7 changed", "the tools changed", "it went to another target",
+                     "5feceb66ffc8", "input item 7, the first", "tools, the first", "it went to another target",
                      "502 upstream_connection_error", data["errors"][0]["id"], "seen by key alice"):  # fmt: skip
             self.assertIn(text, self.tab.run(TEXT))
         self.assertNotRegex(self.tab.run(TEXT), "NaN|undefined|null|No request yet")
         drawn = self.tab.run("[...document.querySelectorAll('svg')].map(one => one.querySelectorAll('rect').length)")
-        self.assertEqual([2 * len(data["minutes"])] * 2, drawn[:2])
-        self.assertEqual([2 * len(one["turns"]) for one in data["sessions"]], drawn[2:])
+        rows = [data["minutes"], *(one["turns"] for one in data["sessions"])]
+        self.assertEqual([2 * len(one) for one in rows], drawn)
         self.assertReadable()
         self.assertQuiet()
 
@@ -361,11 +361,8 @@ class ScriptedTest(PageTest):
         data = busy()
         data["sessions"] = [dict(data["sessions"][0], turns=[[data["now"], 2000, 1500, "prefix_changed"]])]
         self.show(data)
-        plots = self.tab.run("[...document.querySelectorAll('figure svg')].map(one => one.getAttribute('aria-label'))")
-        self.assertRegex(
-            plots[0], r"% of [\d.]+M input tokens came from the cache; the worst minute was \d\d:\d\d with 4"
-        )
-        self.assertIn("at most", plots[1])
+        label = self.tab.run("document.querySelector('figure svg').getAttribute('aria-label')")
+        self.assertRegex(label, r"% of [\d.]+M input tokens came from the cache; the worst minute was \d\d:\d\d with 4")
         turns = self.tab.run("document.querySelector('.turns summary').getAttribute('aria-label')")
         self.assertRegex(turns, "^turns: 1, the last at .*75.0\u00a0%, 1.5K of 2K, prefix_changed$")
 
@@ -375,16 +372,6 @@ class ScriptedTest(PageTest):
         self.server.show(dict(data, in_flight=4711))
         self.wait_for_text("4.71K")
         self.assertEqual(1, self.server.opened)
-
-    def test_hit_rate_now_ages_without_an_event(self):
-        """A quiet proxy sends nothing: what was true of five minutes ago must not stay on the page."""
-        hurry = "{const real = setInterval; window.setInterval = (run, wait_ms) => real(run, wait_ms / 100);}"
-        script = self.tab.call("Page.addScriptToEvaluateOnNewDocument", source=hurry)
-        self.addCleanup(self.tab.call, "Page.removeScriptToEvaluateOnNewDocument", **script)
-        self.show(busy())
-        self.assertNotIn("no tokens in 5 minutes", self.tab.run(TEXT))
-        self.tab.run("skew_s += 600")
-        self.wait_for_text("no tokens in 5 minutes")
 
     def test_update_keeps_focus_and_what_is_unfolded(self):
         data = busy()
@@ -465,7 +452,7 @@ class ScriptedTest(PageTest):
 
     def test_lost_connection_is_said_and_found_again(self):
         self.show(busy())
-        self.tab.run("wait_s = .05")
+        self.tab.run("retry_s = .05")
         self.server.set(broken=True)
         self.wait_for_state("connection lost")
         self.wait_for_state("connection lost (shutting down)")
@@ -493,7 +480,7 @@ class ScriptedTest(PageTest):
 
     def test_key_that_was_withdrawn_is_asked_for_again(self):
         self.show(busy())
-        self.tab.run("wait_s = .05")
+        self.tab.run("retry_s = .05")
         self.server.set(key=KEY, broken=True)
         self.wait_for_state("connection lost")
         self.server.set(broken=False)

@@ -33,6 +33,10 @@ def fleet_of(*names: str) -> List[plexus_lite.Target]:
     return [target(name) for name in names]
 
 
+def at(key: str, owner: Optional[str] = None, is_bound: bool = False) -> plexus_lite.Place:
+    return plexus_lite.Place(key, key, owner, is_bound)
+
+
 def names(plan: plexus_lite.Plan) -> List[str]:
     return [one.provider.name for one in plan.targets]
 
@@ -42,7 +46,7 @@ def ids(*targets: plexus_lite.Target) -> "frozenset[str]":
 
 
 def first(targets: Sequence[plexus_lite.Target], key: str) -> str:
-    return plexus_lite.plan_targets(targets, key, NOTHING).targets[0].id
+    return plexus_lite.plan_targets(targets, at(key), NOTHING).targets[0].id
 
 
 class Rendezvous(unittest.TestCase):
@@ -69,7 +73,7 @@ class Rendezvous(unittest.TestCase):
     def test_orders_are_the_same_in_every_version(self):
         found = []
         for number in range(len(self.ORDERS)):
-            plan = plexus_lite.plan_targets(self.farm(), f"s{number}", NOTHING)
+            plan = plexus_lite.plan_targets(self.farm(), at(f"s{number}"), NOTHING)
             found.append("".join(one.base_url[len("http://farm")] for one in plan.targets))
         self.assertEqual(tuple(found), self.ORDERS)
 
@@ -114,8 +118,8 @@ class Rendezvous(unittest.TestCase):
             rest = [one for one in fleet if one is not gone]
             moved_to: Dict[str, int] = {}
             for key in SESSIONS:
-                order = plexus_lite.plan_targets(fleet, key, NOTHING).targets
-                after = plexus_lite.plan_targets(rest, key, NOTHING).targets
+                order = plexus_lite.plan_targets(fleet, at(key), NOTHING).targets
+                after = plexus_lite.plan_targets(rest, at(key), NOTHING).targets
                 self.assertEqual(list(after), [one for one in order if one is not gone])
                 if order[0] is gone:
                     moved_to[after[0].id] = moved_to.get(after[0].id, 0) + 1
@@ -157,17 +161,17 @@ class Plans(unittest.TestCase):
 
     def setUp(self) -> None:
         self.fleet = fleet_of("a", "b", "c")
-        self.order = plexus_lite.plan_targets(self.fleet, "s", NOTHING).targets
+        self.order = plexus_lite.plan_targets(self.fleet, at("s"), NOTHING).targets
 
-    def plan(self, *, bound: bool = False, **known: Any) -> plexus_lite.Plan:
+    def plan(self, *, owner: Optional[str] = None, is_bound: bool = False, **known: Any) -> plexus_lite.Plan:
         known = dict({"open_requests": {}, "cooling": frozenset()}, **known)
-        return plexus_lite.plan_targets(self.fleet, "s", plexus_lite.Snapshot(**known), bound=bound)
+        return plexus_lite.plan_targets(self.fleet, at("s", owner, is_bound), plexus_lite.Snapshot(**known))
 
     def test_one_target_needs_no_reason(self):
         only = target("a")
-        snapshot = plexus_lite.Snapshot({only.id: 999}, ids(only), "else", "else")
-        plan = plexus_lite.plan_targets([only], "s", snapshot, bound=True)
-        self.assertEqual((plan.targets, plan.reason, plan.home), ((only,), "only", only.id))
+        snapshot = plexus_lite.Snapshot({only.id: 999}, ids(only), "else")
+        plan = plexus_lite.plan_targets([only], at("s", "else", True), snapshot)
+        self.assertEqual((plan.targets, plan.reason, plan.home), ((only,), "only", None))
 
     def test_owner_before_pin_before_hash(self):
         one, two, three = self.order
@@ -183,7 +187,7 @@ class Plans(unittest.TestCase):
         for name, owner, pin, wanted, reason in rows:
             with self.subTest(name):
                 plan = self.plan(owner=owner, pin=pin)
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one.id))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one))
 
     def test_a_cooling_target_is_tried_last_and_not_never(self):
         one, two, three = self.order
@@ -196,7 +200,7 @@ class Plans(unittest.TestCase):
         for name, cooling, wanted in rows:
             with self.subTest(name):
                 plan = self.plan(cooling=ids(*cooling))
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), "rendezvous", one.id))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), "rendezvous", one))
 
     def test_an_owner_is_known_by_another_of_its_models(self):
         """What a replica issued under one name it can read under every other."""
@@ -229,7 +233,7 @@ class Plans(unittest.TestCase):
             )
             for name, cooling, group, count in rows:
                 snapshot = plexus_lite.Snapshot({}, ids(*cooling))
-                plan = plexus_lite.plan_targets(fleet, key, snapshot)
+                plan = plexus_lite.plan_targets(fleet, at(key), snapshot)
                 groups = [one.group for one in plan.targets[:count]]
                 self.assertEqual(groups[0], group, name)
                 self.assertEqual(groups, sorted(groups), name)
@@ -239,29 +243,30 @@ class Plans(unittest.TestCase):
         fleet = [target("a"), target("b"), target("c", group=2)]
         snapshot = plexus_lite.Snapshot({fleet[0].id: 500, fleet[1].id: 500}, frozenset())
         for key in SESSIONS[:50]:
-            self.assertNotEqual(plexus_lite.plan_targets(fleet, key, snapshot).targets[0].group, 2)
+            self.assertNotEqual(plexus_lite.plan_targets(fleet, at(key), snapshot).targets[0].group, 2)
 
     def test_a_bound_request_never_crosses_accounts(self):
         fleet = [target("a"), target("b", account="shared"), target("c", account="shared"), target("d")]
         for key in SESSIONS[:60]:
-            home = plexus_lite.plan_targets(fleet, key, NOTHING).targets[0]
-            rows: Sequence[Tuple[str, plexus_lite.Snapshot, plexus_lite.Target]] = (
-                ("unknown maker", NOTHING, home),
-                ("owner b", plexus_lite.Snapshot({}, frozenset(), owner=fleet[1].place), fleet[1]),
-                ("pin d", plexus_lite.Snapshot({}, frozenset(), pin=fleet[3].id), fleet[3]),
-                ("owner cools", plexus_lite.Snapshot({}, ids(fleet[2]), owner=fleet[2].place), fleet[2]),
-                ("home cools", plexus_lite.Snapshot({}, ids(home)), home),
-                ("home is full", plexus_lite.Snapshot({home.id: 900}, frozenset()), home),
+            home = plexus_lite.plan_targets(fleet, at(key), NOTHING).targets[0]
+            b, d = fleet[1].place, fleet[3].id
+            rows: Sequence[Tuple[str, Optional[str], plexus_lite.Snapshot, plexus_lite.Target]] = (
+                ("unknown maker", None, NOTHING, home),
+                ("owner b", b, NOTHING, fleet[1]),
+                ("pin d", None, plexus_lite.Snapshot({}, frozenset(), d), fleet[3]),
+                ("owner cools", b, plexus_lite.Snapshot({}, ids(fleet[1])), fleet[1]),
+                ("home cools", None, plexus_lite.Snapshot({}, ids(home)), home),
+                ("home is full", None, plexus_lite.Snapshot({home.id: 900}, frozenset()), home),
             )
-            for name, snapshot, maker in rows:
-                plan = plexus_lite.plan_targets(fleet, key, snapshot, bound=True)
+            for name, owner, snapshot, maker in rows:
+                plan = plexus_lite.plan_targets(fleet, at(key, owner, True), snapshot)
                 account = maker.provider.account_name()
                 wanted = {one.id for one in fleet if one.provider.account_name() == account}
                 self.assertEqual({one.id for one in plan.targets}, wanted, name)
 
     def test_an_unbound_request_may_go_anywhere(self):
         self.assertEqual(len(self.plan(owner=self.order[1].place).targets), 3)
-        self.assertEqual(len(self.plan(owner=self.order[1].place, bound=True).targets), 1)
+        self.assertEqual(len(self.plan(owner=self.order[1].place, is_bound=True).targets), 1)
 
 
 class BoundedLoad(unittest.TestCase):
@@ -282,7 +287,7 @@ class BoundedLoad(unittest.TestCase):
 
     def test_a_full_target_gives_way_to_the_next_in_rank_and_stays_second(self):
         fleet = fleet_of("a", "b", "c")
-        one, two, three = plexus_lite.plan_targets(fleet, "s", NOTHING).targets
+        one, two, three = plexus_lite.plan_targets(fleet, at("s"), NOTHING).targets
         rows: Sequence[Tuple[str, Sequence[int], Sequence[plexus_lite.Target], str]] = (
             ("room left", (3, 0, 0), (one, two, three), "rendezvous"),
             ("four are enough", (4, 0, 0), (two, one, three), "overflow"),
@@ -293,29 +298,29 @@ class BoundedLoad(unittest.TestCase):
         for name, loads, wanted, reason in rows:
             with self.subTest(name):
                 load = {each.id: count for each, count in zip((one, two, three), loads)}
-                plan = plexus_lite.plan_targets(fleet, "s", plexus_lite.Snapshot(load, frozenset()))
-                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one.id))
+                plan = plexus_lite.plan_targets(fleet, at("s"), plexus_lite.Snapshot(load, frozenset()))
+                self.assertEqual((plan.targets, plan.reason, plan.home), (tuple(wanted), reason, one))
 
     def test_cooling_targets_neither_take_overflow_nor_count(self):
         fleet = fleet_of("a", "b", "c")
-        one, two, three = plexus_lite.plan_targets(fleet, "s", NOTHING).targets
+        one, two, three = plexus_lite.plan_targets(fleet, at("s"), NOTHING).targets
         snapshot = plexus_lite.Snapshot({one.id: 4}, ids(two))
-        self.assertEqual(plexus_lite.plan_targets(fleet, "s", snapshot).targets, (three, one, two))
+        self.assertEqual(plexus_lite.plan_targets(fleet, at("s"), snapshot).targets, (three, one, two))
         snapshot = plexus_lite.Snapshot({one.id: 10, two.id: 10, three.id: 90}, ids(three))
-        self.assertEqual(plexus_lite.plan_targets(fleet, "s", snapshot).targets, (one, two, three))
+        self.assertEqual(plexus_lite.plan_targets(fleet, at("s"), snapshot).targets, (one, two, three))
 
     def test_owner_and_pin_are_stronger_than_load(self):
         fleet = fleet_of("a", "b", "c")
-        for known in ({"owner": fleet[2].place}, {"pin": fleet[2].id}):
-            snapshot = plexus_lite.Snapshot({fleet[2].id: 999}, frozenset(), **known)
-            self.assertIs(plexus_lite.plan_targets(fleet, "s", snapshot).targets[0], fleet[2])
+        for owner, pin in ((fleet[2].place, None), (None, fleet[2].id)):
+            snapshot = plexus_lite.Snapshot({fleet[2].id: 999}, frozenset(), pin)
+            self.assertIs(plexus_lite.plan_targets(fleet, at("s", owner), snapshot).targets[0], fleet[2])
 
     def test_one_session_asked_for_by_all_at_once_spreads_within_the_bound(self):
         for weights in ((1, 1, 1, 1), (4, 2, 1)):
             group = [target(f"t{number}", weight) for number, weight in enumerate(weights)]
             fleet = plexus_lite.Fleet()
             for count in range(1, 301):
-                plan = plexus_lite.plan_targets(group, "s", fleet.snapshot(group, 0.0))
+                plan = plexus_lite.plan_targets(group, at("s"), fleet.snapshot(group, 0.0))
                 fleet.opened(plan.targets[0])
                 load = fleet.snapshot(group, 0.0).open_requests
                 for one in group:
@@ -329,8 +334,8 @@ class BoundedLoad(unittest.TestCase):
         fleet, group, at_home = plexus_lite.Fleet(), fleet_of("a", "b", "c"), 0
         running: List[plexus_lite.Target] = []
         for key in SESSIONS:
-            plan = plexus_lite.plan_targets(group, key, fleet.snapshot(group, 0.0))
-            at_home += plan.targets[0].id == plan.home
+            plan = plexus_lite.plan_targets(group, at(key), fleet.snapshot(group, 0.0))
+            at_home += plan.targets[0] is plan.home
             fleet.opened(plan.targets[0])
             running.append(plan.targets[0])
             if len(running) > 4:
@@ -341,7 +346,6 @@ class BoundedLoad(unittest.TestCase):
 class Pinning(unittest.TestCase):
     def test_who_stays_where_it_was_served(self):
         home, other, same = target("home"), target("other"), target("same", account="home")
-        fleet = [home, other, same]
         rows: Sequence[Tuple[str, str, plexus_lite.Target, int, bool]] = (
             ("at home", "rendezvous", home, 1, False),
             ("at home after all", "rendezvous", home, 3, False),
@@ -355,8 +359,8 @@ class Pinning(unittest.TestCase):
         )
         for name, reason, served, attempts, wanted in rows:
             with self.subTest(name):
-                plan = plexus_lite.Plan((served, home), reason, home.id)
-                self.assertIs(plexus_lite.is_pinned(plan, served, attempts, fleet), wanted)
+                plan = plexus_lite.Plan((served, home), reason, home)
+                self.assertIs(plexus_lite.is_pinned(plan, served, attempts), wanted)
 
 
 class Cooldown(unittest.TestCase):
@@ -646,8 +650,8 @@ class FleetTest(unittest.TestCase):
     def test_what_is_asked_for_is_what_the_snapshot_has(self):
         self.fleet.opened(self.a)
         self.fleet.failed(self.a, 0.0)
-        snapshot = self.fleet.snapshot([self.b], 1.0, "o", "p")
-        self.assertEqual(snapshot, plexus_lite.Snapshot({self.b.id: 0}, frozenset(), "o", "p"))
+        snapshot = self.fleet.snapshot([self.b], 1.0, "p")
+        self.assertEqual(snapshot, plexus_lite.Snapshot({self.b.id: 0}, frozenset(), "p"))
 
 
 class LongNames(unittest.TestCase):
@@ -658,7 +662,7 @@ class LongNames(unittest.TestCase):
         self.assertEqual(len(set(ids)), 3)
         self.assertLess(max(map(len, ids)), 200)
         self.assertTrue(all(one.startswith(place.place) for one in ids))
-        sessions = [plexus_lite.place_of("s", None, name * 100_000).session for name in ("a", "b")]
+        sessions = [plexus_lite.place_of("s", None, name * 100_000, None).session for name in ("a", "b")]
         self.assertNotEqual(*sessions)
         self.assertLess(max(map(len, sessions)), 200)
 
@@ -668,11 +672,11 @@ class Sessions(unittest.TestCase):
 
     def setUp(self) -> None:
         self.fleet, self.targets = plexus_lite.Fleet(), fleet_of("a", "b", "c")
-        self.place = plexus_lite.place_of("s", None, "m")
+        self.place = plexus_lite.place_of("s", None, "m", None)
         self.home, self.second, self.third = self.plan(0).targets
 
     def plan(self, now: float, **options: Any) -> plexus_lite.Plan:
-        return self.fleet.plan(self.targets, self.place, now, 1800.0, **options)
+        return self.fleet.plan(self.targets, self.place._replace(**options), now, 1800.0)
 
     def serve(self, now: float, *failing: plexus_lite.Target, **options: Any) -> Tuple[plexus_lite.Target, str]:
         """Serve a turn; return who did and why."""
@@ -682,7 +686,7 @@ class Sessions(unittest.TestCase):
                 self.fleet.failed(one, now)
                 continue
             self.fleet.succeeded(one)
-            self.fleet.served(self.targets, self.place, plan, one, attempt, now)
+            self.fleet.served(self.place, plan, one, attempt, now)
             return one, plan.reason
         raise AssertionError("all failed")
 
@@ -719,25 +723,27 @@ class Sessions(unittest.TestCase):
 
     def test_an_owner_is_asked_first(self):
         self.assertEqual(self.serve(0, owner=self.third.place), (self.third, "owner"))
-        self.assertEqual([one.id for one in self.plan(0, owner=self.third.place, bound=True).targets], [self.third.id])
+        self.assertEqual(
+            [one.id for one in self.plan(0, owner=self.third.place, is_bound=True).targets], [self.third.id]
+        )
 
     def test_sessions_and_models_are_pinned_each_on_its_own(self):
         self.serve(0, self.home)
-        for place in (plexus_lite.place_of("t", None, "m"), plexus_lite.place_of("s", None, "n")):
+        for place in (plexus_lite.place_of("t", None, "m", None), plexus_lite.place_of("s", None, "n", None)):
             self.assertEqual(self.fleet.plan(self.targets, place, 1000.0, 1800.0).reason, "rendezvous")
-        again = plexus_lite.place_of("s", body_of({"input": "something else"}), "m")
+        again = plexus_lite.place_of("s", body_of({"input": "something else"}), "m", None)
         self.assertEqual(self.fleet.plan(self.targets, again, 1000.0, 1800.0).reason, "pin")
 
     def test_without_a_session_value_the_fingerprint_places(self):
         turn = {"model": "m", "input": [{"a": 1}]}
         later = {"model": "m", "input": [{"a": 1}, {"b": 2}]}
-        place = plexus_lite.place_of(None, body_of(turn), "m")
-        self.assertEqual(place, plexus_lite.place_of(None, body_of(later), "m"))
+        place = plexus_lite.place_of(None, body_of(turn), "m", None)
+        self.assertEqual(place, plexus_lite.place_of(None, body_of(later), "m", None))
         self.assertEqual(place.key, plexus_lite.fingerprint_of(body_of(turn)))
-        self.assertNotEqual(place, plexus_lite.place_of(None, body_of({"model": "m", "input": [{"a": 2}]}), "m"))
+        self.assertNotEqual(place, plexus_lite.place_of(None, body_of({"model": "m", "input": [{"a": 2}]}), "m", None))
 
     def test_the_session_value_itself_is_remembered_nowhere(self):
-        place = plexus_lite.place_of("a-session-of-a-client", None, "m")
+        place = plexus_lite.place_of("a-session-of-a-client", None, "m", None)
         self.assertNotIn("a-session", repr(place))
 
 

@@ -36,7 +36,7 @@ from tests.support import (
     response_object,
     stream,
 )
-from tests.test_fuzz import PI, STREAM_HEAD, TARGET, Bench, BenchSocket, begin_relay, ref_answer
+from tests.test_fuzz import PI, STREAM_HEAD, TARGET, Bench, BenchSocket, begin_relay, ref_answer, relay
 
 BODY = {"model": "gpt-test", "stream": True, "input": "x"}
 ASK = build_request("POST", "/v1/responses", BODY)
@@ -365,6 +365,54 @@ class StreamingTest(RelayTest):
         self.assertEqual((len(got.body), got.complete), (8_000_000, True))
 
 
+class ResponseIdTest(unittest.TestCase):
+    """Who issued a response id is remembered, where several could have."""
+
+    HEAD = STREAM_HEAD.replace(b"Transfer-Encoding: chunked", b"Connection: close")
+    SEARCHED_BYTES = 16 * 1024
+
+    def assertIssued(self, pieces: Sequence[bytes], wanted: Optional[str]) -> None:
+        owned = [] if wanted is None else [plexus_lite.text_digest(wanted)]
+        self.assertEqual(relay([self.HEAD, *filter(None, pieces)], has_places=True).owned, owned, wanted)
+
+    def test_it_is_found_however_the_answer_is_split(self):
+        response = response_object([], response_id="resp_Ab-9_z")
+        quoted = json.dumps({"id": "resp_forged"})
+        rows: Sequence[Tuple[str, bytes, Optional[str]]] = (
+            ("an event stream", b"".join(response_events(response))[:400], "resp_Ab-9_z"),
+            ("JSON", json.dumps(response).encode()[:300], "resp_Ab-9_z"),
+            ("without spaces", b'{"object":"response","id":"resp_1"}', "resp_1"),
+            ("with many", b'{\n  "id" :\r\n\t"resp_1"\n}', "resp_1"),
+            ("behind a previous one", b'{"previous_response_id":"resp_0","id":"resp_1"}', "resp_1"),
+            ("behind another id", b'{"output":[{"id":"msg_1"}],"id":"resp_1"}', "resp_1"),
+            ("behind text that looks like one", b'{"a":%s,"id":"resp_1"}' % json.dumps(quoted).encode(), "resp_1"),
+            ("no response", b'{"id":"chatcmpl-1"}', None),
+            ("not closed", b'{"id":"resp_1', None),
+            ("other characters", b'{"id":"resp_1\\u0000"}', None),
+            ("much too long", b'{"id":"resp_%s"}' % (b"x" * 300), None),
+            ("nothing", b"", None),
+        )
+        for name, body, wanted in rows:
+            one_by_one = [body[place : place + 1] for place in range(len(body))]
+            splits = [[body], one_by_one, *([body[:place], body[place:]] for place in range(0, len(body), 7))]
+            for pieces in splits:
+                with self.subTest(name, pieces=len(pieces)):
+                    self.assertIssued(pieces, wanted)
+
+    def test_it_is_looked_for_in_the_first_16_kib_whatever_the_reads(self):
+        member = b'"id":"resp_1"'
+        for name, place, wanted in (
+            ("just within", self.SEARCHED_BYTES - len(member), "resp_1"),
+            ("across the border", self.SEARCHED_BYTES - len(member) + 1, None),
+            ("behind it", self.SEARCHED_BYTES + 1, None),
+        ):
+            body = b" " * place + member + b" " * 5000
+            for size in (len(body), self.SEARCHED_BYTES - 1, self.SEARCHED_BYTES, 1000):
+                with self.subTest(name, reads=size):
+                    pieces = [body[begin : begin + size] for begin in range(0, len(body), size)]
+                    self.assertIssued(pieces, wanted)
+
+
 class DirectTest(unittest.TestCase):
     """Once a stream runs, a chunk of whole events that tell nothing leaves as it came."""
 
@@ -524,7 +572,7 @@ class LongErrorTest(unittest.TestCase):
         upstream = BenchSocket([b"HTTP/1.1 404 Not Found\r\nContent-Length: 100000\r\n\r\n", b"x" * 70_000])
         bench, answer = begin_relay(upstream)
         answer.exchange.route = plexus_lite.Route("/responses/{id}", "/responses/r", "stored")
-        answer.exchange.plan, answer.exchange.tried = plexus_lite.Plan((TARGET, TARGET), "", ""), 1
+        answer.exchange.plan, answer.exchange.tried = plexus_lite.Plan((TARGET, TARGET), ""), 1
         for _ in range(2):
             bench.bench_loop.wake(upstream, plexus_lite.READ)
         self.assertIsNone(answer.upstream)

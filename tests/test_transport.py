@@ -416,7 +416,7 @@ class KnownAddressTest(TransportTest):
         for one in (plexus_lite.OutboundRequest(target, "/models", "GET", []), request):
             connection = transport.send(one)
             assert connection is not None
-            self.addCleanup(connection.close)
+            self.addCleanup(connection.sock.close)
             self.assertEqual(connection.sock.gettimeout(), 0)
         with mock.patch("time.monotonic", lambda: time.perf_counter() + 10**6):
             self.assertIsNone(transport.send(request), "after a minute the name is resolved again")

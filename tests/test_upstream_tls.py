@@ -7,7 +7,6 @@ import tempfile
 import unittest
 from typing import Any, Dict, Mapping, Optional
 from unittest import mock
-from urllib.parse import urlsplit
 
 import plexus_lite
 from tests.support import FakeUpstream, Proxy, enter, post
@@ -140,7 +139,7 @@ class CertificatesTest(TransportTest):
             "set providers.stranger.ca_file",
         )
         self.assertEqual((self.upstream.connections - before, self.upstream.requests), (2, []))
-        self.assertIn("nor in providers.other-ca.ca_file", self.refused("other-ca"))
+        self.assertIn("check providers.other-ca.ca_file", self.refused("other-ca"))
 
     def test_expired_certificate_is_an_error_with_its_date(self):
         self.assertIn("certificate of 127.0.0.1 expired on 2021-01-01", self.refused("expired"))
@@ -170,9 +169,9 @@ class RefusalTest(unittest.TestCase):
         provider = plexus_lite.Provider({}, {}, name="gw")
         error = ssl.SSLCertVerificationError(1, "")
         error.verify_code, error.verify_message = code, "as OpenSSL says"
-        attempt = plexus_lite.Attempt(provider, 0, lambda: False)
-        with mock.patch.object(plexus_lite, "peer_certificate", return_value=shown):
-            return str(plexus_lite.explain_refusal(error, urlsplit("https://gw.example/v1"), None, attempt))
+        attempt = plexus_lite.Attempt(provider, "https://gw.example/v1", 0)
+        with mock.patch.object(attempt, "_refused_certificate", return_value=shown):
+            return str(attempt._explain_refusal(error))
 
     def test_only_what_the_certificate_bears_out_is_claimed(self):
         good: Dict[str, Any] = {"issuer": ((("commonName", "CA\x1b[2J"),),), "notAfter": "Jan  1 00:00:00 2096 GMT"}

@@ -97,7 +97,8 @@ class WorkersTest(unittest.TestCase):
         """Or a worker whose clients have all gone would be passed over, and the other one take all that come."""
         shared = plexus_lite.Shared(2)
         clients = {unittest.mock.Mock()}
-        server = unittest.mock.Mock(_shared=shared, workers=2, _number=1, clients=clients, _draining=False)
+        server = unittest.mock.Mock(_shared=shared, workers=2, _number=1, clients=clients)
+        server.is_draining.return_value = False
         shared.clients[1], shared.supervisor = 9, os.getppid()
         plexus_lite.Server._tick(server, 1.0)
         self.assertEqual(list(shared.clients), [0, 1])
@@ -135,6 +136,7 @@ class WorkersTest(unittest.TestCase):
         server = unittest.mock.Mock(_shared=shared, _number=0, clients=set(), state=state)
         made = [unittest.mock.Mock(phase=None, idle_since=number) for number in range(count)]
         for one in made:
+            shared.clients[0] = len(server.clients)
             one.can_give_way.return_value = can_give_way
             one.close.side_effect = functools.partial(setattr, one, "phase", plexus_lite.Phase.CLOSED)
             with unittest.mock.patch.object(plexus_lite, "ClientConnection", return_value=one):

@@ -67,7 +67,10 @@ class FakeProxy(FakeUpstream):
             scripted = bool(self._replies)
         if not super()._serve_one(wire, number) or scripted:
             return False
-        request = next(one for one in reversed(self.requests) if one.connection == number)
+        found = [one for one in self.requests if one.connection == number]
+        if not found:  # forgotten meanwhile: the test has ended
+            return False
+        request = found[-1]
         if request.method != "CONNECT":
             return True
         host, port = request.target.split(":")

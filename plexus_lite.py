@@ -386,7 +386,8 @@ def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
 
 def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
     """Return a check for an object that has what *item* checks under names of the user's choice."""
-    whole = an_object(wanted)
+    wanted += " whose names are not empty"
+    whole = expect(wanted, lambda value: isinstance(value, dict) and "" not in value, hidden=(str, dict))
     return lambda value, path: {name: item(one, f"{path}.{name}") for name, one in whole(value, path).items()}
 
 

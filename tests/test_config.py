@@ -442,6 +442,11 @@ class Keys(ConfigTest):
             document(("keys", "team"), models=["gpt", "gtp"]), "keys.team.models[1]: ", "gtp", "alias", "gpt"
         )
 
+    def test_names_must_not_be_empty(self):
+        self.assertRefused(document((), keys={"": {"secret": "x"}}), "keys: ", "not empty")
+        self.assertRefused(document((), models={"": {"targets": []}}), "models: ", "not empty")
+        self.assertRefused(document((), providers={"": {}}), "providers: ", "not empty")
+
     def test_there_must_be_a_provider(self):
         self.assertRefused(document((), providers={}), "providers: ", "at least one")
 

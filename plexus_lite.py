@@ -158,6 +158,8 @@ SESSION_SOURCES: Final = (
 # Old backends read the underscore, the current Codex backend only the hyphen.
 SESSION_SPELLINGS: Final = ("session_id", "session-id")
 LISTS: Final = ("input", "messages")  # where the items of a prompt stand: Responses, chat
+# What is looked at of a body.
+MEMBERS: Final = frozenset(("model", "instructions", "tools", "previous_response_id", "prompt_cache_key") + LISTS)
 TURN_STATE: Final = "x-codex-turn-state"  # minted by one upstream, readable only there
 TOKEN: Final = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2: a method, a field's name
 
@@ -1240,24 +1242,19 @@ class Items(NamedTuple):
 
 
 class JsonBody(NamedTuple):
-    """A request body: its bytes, its members, and where the value of each member stands in the bytes.
+    """A request body: its bytes, and where the values of MEMBERS stand in them; no value is kept but as its text.
 
-    The strings in *members* have a character for each byte, as header values do: decoding to Unicode makes every
-    later step slower, and few members are ever looked at.  text() decodes one.  A value that was seen is None there,
-    and an array in LISTS is empty: *lists* has where its elements are.
+    *lists* has where the elements of an array in LISTS are.
     """
 
     raw: bytes
-    members: Dict[str, Any]
     spans: Dict[str, Span]
     lists: Dict[str, Items]
 
     def text(self, name: str) -> Optional[str]:
         """Return the member *name* as the string that it is, None if it is none."""
-        value = self.members.get(name)
-        if isinstance(value, str) and not value.isascii():
-            value = json.loads(self.part(name))
-        return value if isinstance(value, str) else None
+        part = self.part(name)
+        return str(json.loads(part)) if part.startswith(b'"') else None
 
     def part(self, name: str) -> bytes:
         """Return the value of the member *name* as it stands there; one that is not there is null."""
@@ -1293,7 +1290,6 @@ def scan_array(scan: Scan, text: str, position: int, is_inside: bool) -> Tuple[L
 
 
 RUN_BYTES: Final = 64 * KIB  # looked at in one piece: the processor's second cache holds it several times
-NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\' + bytes(range(0x80, 0x100))  # ends a string, or is no whole character
 
 
 def require_utf8(raw: bytes, position: int, end: int) -> None:
@@ -1304,13 +1300,11 @@ def require_utf8(raw: bytes, position: int, end: int) -> None:
 
 
 def scan_body(raw: bytes, seen: Seen) -> Optional[JsonBody]:
-    """Return the object that *raw* is, None if it is none.  May raise what a Scan raises."""
-    text = raw.decode("latin-1")
-    members: Dict[str, Any] = {}
+    """Return the object that *raw* is, None if it is none.  May raise what a Scan raises, and UnicodeDecodeError."""
+    text = raw.decode("latin-1")  # has a character for each byte, so places in it are places in *raw*
     spans: Dict[str, Span] = {}
     lists: Dict[str, Items] = {}
-    view, begin = memoryview(raw), 0
-    unseen: List[Span] = []  # what stands before *begin* and was not seen
+    view, checked = memoryview(raw), 0  # where UTF-8 that was not seen begins
     scan: Scan = JSON_DECODER.scan_once  # type: ignore[attr-defined]  # raw_decode would only catch its StopIteration, twice for each member
     position, mark = 0, "{"
     found = JSON_NAME.match(text)
@@ -1322,32 +1316,33 @@ def scan_body(raw: bytes, seen: Seen) -> Optional[JsonBody]:
             if not colon:
                 return None
             start = colon.end()
-        if name == "model" and name in members:
+        if name == "model" and name in spans:
             raise ProxyError("invalid_request", '"model" stands twice in the body', param="model")
         # Only the first of a name: each look costs the length of what was seen, and a body may have a million of them.
-        size, number = NO_SPAN if name in members else seen.values.get(name, NO_SPAN)
+        size, number = NO_SPAN if name in spans else seen.values.get(name, NO_SPAN)
         is_seen = size > 0 and hash(view[start : start + size]) == number
-        position = start + size if is_seen else start
+        position = start
         if is_seen:
-            unseen.append((begin, start))
-            begin = position
+            position += size
+            require_utf8(raw, checked, start)
+            checked = position
         if name in LISTS:
             lists.pop(name, None)  # of two members of a name, the last one counts
         if name in LISTS and text.startswith("[", start):
             known = Items(seen.digests, position) if is_seen else Items()
             others, position = scan_array(scan, text, position, is_seen)
-            members[name], lists[name] = [], known._replace(spans=others)
-        elif is_seen:
-            members[name] = None
-        else:
-            members[name], position = scan(text, start)
-        spans[name] = (start, position)
+            lists[name] = known._replace(spans=others)
+        elif not is_seen:
+            _, position = scan(text, start)
+        if name in MEMBERS:
+            spans[name] = (start, position)
         found, mark = JSON_NAME.match(text, position), ","
-    if not raw.isascii():
-        for start, end in (*unseen, (begin, len(raw))):
-            require_utf8(raw, start, end)
-    is_whole = (JSON_END if members else JSON_EMPTY).fullmatch(text, position)
-    return JsonBody(raw, members, spans, lists) if is_whole else None
+    require_utf8(raw, checked, len(raw))
+    is_whole = (JSON_END if mark == "," else JSON_EMPTY).fullmatch(text, position)
+    return JsonBody(raw, spans, lists) if is_whole else None
+
+
+NOT_IN_RUNS: Final = bytes(range(0x20)) + b'"\\' + bytes(range(0x80, 0x100))  # ends a string, or is no whole character
 
 
 def cut_runs(raw: bytes) -> Tuple[bytes, List[int]]:
@@ -1368,13 +1363,10 @@ def cut_runs(raw: bytes) -> Tuple[bytes, List[int]]:
     return b"".join((*parts, raw[kept:])), places
 
 
-def scan_around_runs(raw: bytes, seen: Seen) -> Optional[JsonBody]:
-    """Do what scan_body() does, without the runs in *raw*, if they are most of it and stand in items of the prompt.
-
-    None if they do not, or the prompt was *seen*: then scan_body() is quick.
-    """
-    cut, places = cut_runs(raw) if seen.values.keys().isdisjoint(LISTS) else (raw, [])
-    body = scan_body(cut, NOTHING_SEEN) if len(cut) < len(raw) // 2 else None
+def scan_around_runs(raw: bytes, _: Seen) -> Optional[JsonBody]:
+    """Do what scan_body() does, without the runs in *raw*.  No name in MEMBERS is long enough for one, or has an x."""
+    cut, places = cut_runs(raw)
+    body = scan_body(cut, NOTHING_SEEN)
     if body is None:
         return None
 
@@ -1382,26 +1374,21 @@ def scan_around_runs(raw: bytes, seen: Seen) -> Optional[JsonBody]:
         start, end = (place + bisect.bisect_left(places, place) * (RUN_BYTES - 1) for place in span)
         return start, end
 
-    spans = {name: uncut(span) for name, span in body.spans.items()}
     lists = {name: Items(spans=[uncut(span) for span in items.spans]) for name, items in body.lists.items()}
-    # Outside of the lists, nothing may be missing: members are as they were read.
-    outside = len(raw) - sum(spans[name][1] - spans[name][0] for name in lists)
-    outside_cut = len(cut) - sum(body.spans[name][1] - body.spans[name][0] for name in lists)
-    return JsonBody(raw, body.members, spans, lists) if outside == outside_cut else None
+    return JsonBody(raw, {name: uncut(span) for name, span in body.spans.items()}, lists)
 
 
 def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
-    """Return the JSON object in *raw*, member by member, so that the span of each value is known without a second pass.
+    """Return the JSON object in *raw*, with the spans of its members, so that no second pass is needed to find them.
 
     Strict UTF-8, no NaN, no second top-level "model" (an upstream might take the other one), bounded depth and
     digits.  The error says line and column.  What was *seen* in the session's turn before is not parsed again.
     """
     raw = bytes(raw)
-    # Once more as a whole: a run may have been the end of a number, and what was seen the beginning of one.
-    ways = ((scan_around_runs, seen), (scan_body, seen), (scan_body, NOTHING_SEEN))
-    for scan, known in ways if seen.values else ways[:2]:
+    # A large one as a whole only if it must be: a run may have been the end of a number.
+    for scan in (scan_around_runs, scan_body) if len(raw) > LARGE_BODY_BYTES else (scan_body,):
         try:
-            body = scan(raw, known)
+            body = scan(raw, seen)
         except (StopIteration, ValueError, RecursionError):
             continue
         if body:
@@ -1886,7 +1873,7 @@ def is_bound(body: JsonBody) -> bool:
     text that has been parsed this search finds members only, and needs no second parse.
     """
     start, end = body.spans.get("input", NO_SPAN)
-    return bool(body.members.get("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
+    return bool(body.text("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
 
 
 def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]) -> Place:
@@ -2197,9 +2184,10 @@ def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
         digests = digests_of([hash(body.part(name))])
     elif digests:
         end = items.spans[-1][1] if items.spans else items.seen_end
-        if end - start <= LARGE_BODY_BYTES:  # so much is mostly images, see cut_runs(); and the loop waits for this
+        # More is mostly images, see cut_runs(), and the loop waits for this.  What follows a number may be more of it.
+        if end - start <= LARGE_BODY_BYTES and body.raw[end - 1] in b'"]}':
             values[name] = (end - start, hash(view[start:end]))
-    compared = b"" if body.members.get("previous_response_id") else digests
+    compared = b"" if body.text("previous_response_id") else digests
     return digests_of(numbers.values()) + compared, Seen(values, digests)
 
 
@@ -3683,7 +3671,7 @@ class Exchange:
             if len(body.raw) >= SEEN_BYTES and len(seen.digests) <= SEEN_DIGESTS_BYTES:
                 fleet.seen.put(self.session.digest or "", seen, self.started)
         if self.is_renamed and self.record["ttfb_ms"] is None:
-            self.json = body._replace(members={}, lists={})
+            self.json = body._replace(lists={})
 
     def fail(self, code: str) -> None:
         """Record *code* as the request's error, unless one is recorded already."""
@@ -4587,8 +4575,8 @@ def read_json(raw: Raw, told: Session, fleet: Fleet, now: float) -> JsonBody:
 def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
     """Plan for several targets: by what issued an id, by a pin, by the session's hash, by a fingerprint."""
     body, owner = exchange.json, None
-    issued = body and body.members.get("previous_response_id")
-    if isinstance(issued, str):
+    issued = body and body.text("previous_response_id")
+    if issued:
         owner = fleet.owners.get(text_digest(issued), now)
     for state in exchange.headers.all(TURN_STATE):
         exchange.turn_owner = fleet.owners.get(text_digest(state), now)
@@ -4630,8 +4618,8 @@ def check_model(exchange: Exchange, body: JsonBody) -> None:
     """Refuse a *body* that asks for no model, or for one that this key may not use."""
     model, allowed = exchange.model, exchange.identity.models
     if model is None:
-        found = f"is {describe(body.members['model'])}" if "model" in body.members else "is missing"
-        raise ProxyError("invalid_request", f'"model" must be a string; it {found}', param="model")
+        found = "not one" if "model" in body.spans else "missing"
+        raise ProxyError("invalid_request", f'"model" must be a string; it is {found}', param="model")
     if allowed is not None and model not in allowed:
         if not is_served(exchange.state.config, model):
             raise no_such_model(exchange, model)

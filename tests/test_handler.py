@@ -491,7 +491,7 @@ class SeenTest(unittest.TestCase):
     def test_a_body_of_very_many_items_is_not_remembered(self):
         """Each item costs 4 bytes for as long as its session is remembered: as much as the body itself."""
         for count, is_remembered in ((16_000, True), (100_000, False)):
-            raw = b'{"model":"m","input":[%b]}' % b",".join([b"1"] * count)
+            raw = b'{"model":"m","input":[%b]}' % b",".join([b"[]"] * count)
             fleet, state = plexus_lite.Fleet(), types.SimpleNamespace()
             bodies = plexus_lite.Bodies(1)
             one: Any = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, bodies)  # type: ignore[arg-type]

@@ -870,23 +870,21 @@ LENGTH: Final = re.compile(r"[0-9]{1,18}")
 class Headers:
     """Header fields in the order they came, duplicates kept, names compared without case.  Never changed.
 
-    *first* has the first value of each name in lower case.
+    *values* has those of each name in lower case.
     """
 
     def __init__(self, fields: Iterable[Field]) -> None:
         self.fields = tuple(fields)
-        self.first = {name.lower(): value for name, value in reversed(self.fields)}
+        self.values: Dict[str, List[str]] = {}
+        for name, value in self.fields:
+            self.values.setdefault(name.lower(), []).append(value)
 
     def get(self, name: str) -> Optional[str]:
         """Return the first value of *name* (lower case), or None."""
-        return self.first.get(name)
+        return self.values[name][0] if name in self.values else None
 
-    def all(self, name: str) -> List[str]:
-        if name not in self.first:
-            return []
-        if len(self.first) == len(self.fields):  # the usual case: no name stands twice
-            return [self.first[name]]
-        return [value for field, value in self.fields if field.lower() == name]
+    def all(self, name: str) -> Sequence[str]:
+        return self.values.get(name, ())
 
     def tokens(self, name: str) -> List[str]:
         """Return the members of a comma-separated field, lower case (RFC 9110 5.6.1)."""
@@ -894,13 +892,13 @@ class Headers:
 
     def without(self, names: FrozenSet[str]) -> List[Field]:
         """Return the fields but *names* and those that Connection names (RFC 9110 7.6.1), order and duplicates kept."""
-        if "connection" in self.first:
+        if "connection" in self.values:
             names = names.union(self.tokens("connection"))
         return [field for field in self.fields if field[0].lower() not in names]
 
     def end_to_end(self) -> "Headers":
         """Return the fields that travel on."""
-        return self if HOP_BY_HOP.isdisjoint(self.first) else Headers(self.without(HOP_BY_HOP))
+        return self if HOP_BY_HOP.isdisjoint(self.values) else Headers(self.without(HOP_BY_HOP))
 
 
 class RequestHead(NamedTuple):
@@ -1641,7 +1639,7 @@ def cache_key(body: Optional[JsonBody]) -> Optional[str]:
 def session_of(headers: Headers, key: Optional[str]) -> Session:
     """Return the session value: the first of SESSION_SOURCES that is not empty, else *key*, the prompt_cache_key."""
     for name in SESSION_SOURCES:
-        for value in headers.all(name) if name in headers.first else ():
+        for value in headers.all(name):
             if value:
                 return Session(value, name)
     return Session(key, "prompt_cache_key") if key else Session()
@@ -1672,7 +1670,7 @@ def outbound_fields(
         () if keep_encoding else ("content-encoding",),
     )
     fields = headers.without(dropped)
-    present = static.union(headers.first) - (dropped - static)
+    present = static.union(headers.values) - (dropped - static)
     wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
     for name, value in (*wanted, ("x-client-request-id", request_id)):
         if value and name.lower() not in present:
@@ -4521,7 +4519,7 @@ def admit(exchange: Exchange) -> None:
             exchange.identity = find_ticket(head.query, exchange.state.ticket_secret, keys, time.time())
         else:
             exchange.identity = find_key(head.headers, keys)
-    if route.action == "forward" and not head.headers.all("content-length") + head.headers.all("transfer-encoding"):
+    if route.action == "forward" and head.headers.values.keys().isdisjoint(("content-length", "transfer-encoding")):
         raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
 
 

@@ -124,6 +124,7 @@ class RequestHeads(Refusals):
         wanted += [("U", "caf\u00c3\u00a9"), ("!#$%&", "x")]
         self.assertEqual(list(found[0].headers.fields), wanted)
         self.assertEqual(found[0].headers.all("x-b"), ["1", "3"])
+        self.assertEqual(len(found[0].headers.all("x-c")), 0)
         self.assertEqual(found[0].headers.get("x-b"), "1")
         self.assertIsNone(found[0].headers.get("x-c"))
         self.assertEqual(plexus_lite.render_fields(found[0].headers.fields[6:7]), b"U: caf\xc3\xa9\r\n")

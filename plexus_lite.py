@@ -1592,11 +1592,9 @@ def find_ticket(query: str, secret: bytes, keys: Mapping[str, Key], now: float) 
     """Return whose ticket *query* carries; ProxyError 401 if it is none of ours or older than it may be."""
     found = re.search(r"[?&]ticket=(([0-9]{1,12})\.[0-9a-f]{64})(?:&|$)", query)
     if found and int(found[2]) >= now:
-        for name, key in keys.items():
+        for name, key in keys.items() or [(None, None)]:
             if hmac.compare_digest(found[1], make_ticket(secret, key, int(found[2]))):
-                return Identity(name, models=key.models, is_admin=key.admin)
-        if not keys and hmac.compare_digest(found[1], make_ticket(secret, None, int(found[2]))):
-            return Identity()
+                return Identity(name, models=key.models, is_admin=key.admin) if key else Identity()
     raise unknown_key("the ticket is not known here, or has expired; POST /status with a key gives another")
 
 

@@ -1259,6 +1259,10 @@ class JsonBody(NamedTuple):
         start, end = self.spans.get(name, NO_SPAN)
         return self.raw[start:end] or b"null"
 
+    def has(self, name: str) -> bool:
+        """Say whether the member *name* is there and neither null nor empty, without reading it."""
+        return self.part(name) not in (b"null", b'""')
+
     def prompt(self) -> str:
         """Return the name of the member that the items of the prompt are in."""
         return next((name for name in LISTS if name in self.spans), LISTS[0])
@@ -1869,7 +1873,7 @@ def is_bound(body: JsonBody) -> bool:
     text that has been parsed this search finds members only, and needs no second parse.
     """
     start, end = body.spans.get("input", NO_SPAN)
-    return bool(body.text("previous_response_id") or ENCRYPTED.search(body.raw, start, end))
+    return body.has("previous_response_id") or bool(ENCRYPTED.search(body.raw, start, end))
 
 
 def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]) -> Place:
@@ -2183,7 +2187,7 @@ def digest_body(body: JsonBody) -> Tuple[bytes, Seen]:
         # More is mostly images, see cut_runs(), and the loop waits for this.  What follows a number may be more of it.
         if end - start <= LARGE_BODY_BYTES and body.raw[end - 1] in b'"]}':
             values[name] = (end - start, hash(view[start:end]))
-    compared = b"" if body.text("previous_response_id") else digests
+    compared = b"" if body.has("previous_response_id") else digests
     return digests_of(numbers.values()) + compared, Seen(values, digests)
 
 

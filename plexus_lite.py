@@ -1369,8 +1369,8 @@ def scan_around_runs(raw: bytes, _: Seen) -> Optional[JsonBody]:
     """Do what scan_body() does, without the runs in *raw*.  No name in MEMBERS is long enough for one, or has an x."""
     cut, places = cut_runs(raw)
     body = scan_body(cut, NOTHING_SEEN)
-    if body is None:
-        return None
+    if body is None or not places:
+        return body
 
     def uncut(span: Span) -> Span:
         start, end = (place + bisect.bisect_left(places, place) * (RUN_BYTES - 1) for place in span)

@@ -100,7 +100,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import warnings
 import zlib
 from typing import (
     Any,
@@ -5359,8 +5358,6 @@ class Supervisor:
 
     def run(self, count: int) -> int:
         """Keep *count* workers running until a signal ends them."""
-        # From 3.12: the one thread that was here has been joined, but the system may still be ending it.
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         catch_signals(self._pass_on)
         for number in range(count):
             self._spawn(number, RESPAWN_S[0])
@@ -6385,9 +6382,10 @@ def serve(options: argparse.Namespace) -> int:
     # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
     # killed by one that it does not hold, and all of the process with it.
     hold_signals(True)
-    first = threading.Thread(target=int)
-    first.start()  # when its first thread ends, Python 3.8 loads libgcc: without a descriptor left it would abort
-    first.join()
+    if sys.version_info < (3, 10):  # loads libgcc when its first thread ends: without a descriptor left it would abort
+        first = threading.Thread(target=int)
+        first.start()
+        first.join()
     try:
         listener = listen(config.host, config.port)
     except (OSError, TypeError, ValueError) as error:  # the latter two: it can be no name

@@ -216,11 +216,16 @@ class WorkersTest(unittest.TestCase):
         self.assertIn("worker 0 cannot be started: none left; again in 0.05 s", proxy.error_text())
         self.assertEqual(support.get(proxy.port, "/health").status, 200)
 
-    def test_a_thread_that_is_still_ending_is_no_warning(self) -> None:
-        """From 3.12 os.fork() warns of it, on stderr."""
-        thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    def test_there_is_no_thread_to_warn_of_before_the_fork(self) -> None:
+        """From 3.12 os.fork() warns of one, on stderr, even of one that has been joined and is still ending."""
+        change = (
+            "import os, threading\nbegun, start, fork = [], threading.Thread.start, os.fork\n"
+            "def note_start(thread):\n    begun.append(thread)\n    start(thread)\n"
+            "def fork_alone():\n    assert not begun or sys.version_info < (3, 10)\n    return fork()\n"
+            "threading.Thread.start, os.fork = note_start, fork_alone"
+        )
         proxy = support.Proxy(support.make_config(self.upstream, workers=2))
-        proxy.change(thread, "-W", "always::DeprecationWarning")
+        proxy.change(change, "-W", "always::DeprecationWarning")
         self.addCleanup(proxy.__exit__, None)
         proxy.__enter__()
         wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")

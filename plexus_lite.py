@@ -1937,7 +1937,7 @@ class Fleet:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts):
             self.pins.put(by.session, target.id, now)
-        else:
+        elif plan.home in (None, target):  # not what only the load moved: its replacement is still there
             self.pins.forget(by.session)
 
     def opened(self, target: Target) -> None:

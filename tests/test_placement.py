@@ -721,6 +721,16 @@ class Sessions(unittest.TestCase):
             self.fleet.closed(self.home)
         self.assertEqual(self.serve(1), (self.home, "rendezvous"))
 
+    def test_the_load_moves_it_from_its_home_while_its_replacement_rests_and_it_returns_to_that(self):
+        self.targets = [target(name, account="one") for name in "abc"]
+        self.home, self.second, self.third = self.plan(0).targets
+        self.serve(0, self.home)
+        self.fleet.failed(self.second, 1000)
+        for _ in range(4):
+            self.fleet.opened(self.home)
+        self.assertEqual(self.serve(1000), (self.third, "overflow"))
+        self.assertEqual(self.serve(1500), (self.second, "pin"))
+
     def test_an_owner_is_asked_first(self):
         self.assertEqual(self.serve(0, owner=self.third.place), (self.third, "owner"))
         self.assertEqual(

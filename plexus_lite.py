@@ -2028,6 +2028,7 @@ TOLD: Final = re.compile(rb"\s*(?::\s*\{|[,}])")  # behind one of them: more tha
 TOLD_MEMBER: Final = re.compile(r'"(?:usage|error)"\s{0,99}:\s{0,99}(?=\{)')
 # These tell nothing but their usage.
 COUNTED_EVENT: Final = re.compile(rb'\s*\{\s*"type"\s*:\s*"response\.(?:completed|incomplete)"')
+FAILED_EVENT: Final = re.compile(r'\s*\{\s*"type"\s*:\s*"(?:response\.failed|error)"')
 # Upstreams write NaN, too; of a number with too many digits nothing is made, see JSON_DECODER.
 ANSWER_DECODER: Final = json.JSONDecoder(parse_int=JSON_DECODER.parse_int)
 END_BYTES: Final = 128 * KIB  # of an event or answer longer than two of them, its beginning and its end are read
@@ -2040,17 +2041,17 @@ def is_telling(data: bytes) -> bool:
 
 
 def read_beginning(data: bytes) -> Any:
-    """Return the JSON that begins with *data*, as far as its first object "usage" or "error".
+    """Return the JSON that begins with *data*, as far as its first object "usage" or "error"; None if it is none.
 
-    ValueError if that lies deeper than at the top, or one level below it as in a response's last event.
+    If that lies deeper than one level below the top, as in a response's last event, only that the event is a failure.
     """
     text = data.decode("utf-8", "replace")
-    found = TOLD_MEMBER.search(text)
+    found, failed = TOLD_MEMBER.search(text), FAILED_EVENT.match(text)
     end = ANSWER_DECODER.raw_decode(text, found.end())[1] if found else 0
-    try:
-        return ANSWER_DECODER.decode(text[:end] + "}")
-    except ValueError:
-        return ANSWER_DECODER.decode(text[:end] + "}}")
+    for beginning in (text[:end], text[:end] + "}", failed[0] if failed else ""):
+        with contextlib.suppress(ValueError):
+            return ANSWER_DECODER.decode(beginning + "}")
+    return None
 
 
 def read_end(data: bytes, max_depth: int) -> Record:
@@ -2154,7 +2155,7 @@ class UsageReader:
         if isinstance(error, dict):
             self.error = str(error.get("code") or error.get("type") or kind or "error")[:100]
         elif kind in ("error", "response.failed"):
-            self.error = str(kind)
+            self.error = self.error or str(kind)
 
 
 PREFIX_MEMBERS: Final = ("model", "instructions", "tools")  # what stands before the input items

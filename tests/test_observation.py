@@ -236,6 +236,22 @@ class UsageReaderTest(unittest.TestCase):
                     pieces = [data[:cut], data[cut : cut + 3], data[cut + 3 :]]
                     self.assertEqual(read_usage(pieces), wanted, (size, cut))
 
+    def test_a_long_failure_is_one_wherever_its_error_stands(self):
+        filler, usage = "x" * 3 * plexus_lite.END_BYTES, {"usage": {"input_tokens": 5}}
+        error: Dict[str, Any] = {"error": {"code": "e"}}
+        for name, response, wanted in (
+            ("first", {**error, "a": filler}, "e"),
+            ("nowhere", {"error": None, "a": filler}, "response.failed"),
+            ("in the middle", {"a": filler, "b": error, "c": filler}, "response.failed"),
+            ("a tool's", {"tools": [error], "a": filler}, "response.failed"),
+        ):
+            with self.subTest(name):
+                wanted_usage = {"input_tokens": 5}
+                first = chunk(type="response.failed", response={**response, **usage})
+                self.assertEqual(read_usage([first]), (wanted_usage, wanted, True))
+                last = chunk(response={**response, **usage}, type="response.failed")
+                self.assertEqual(read_usage([last]), (wanted_usage, wanted, True))
+
     def test_of_a_long_event_both_ends_are_read_wherever_it_is_split(self):
         """Around the lengths at which the middle is dropped."""
         size = plexus_lite.END_BYTES

@@ -2055,11 +2055,11 @@ def read_beginning(data: bytes) -> Any:
 
 
 def read_end(data: bytes, max_depth: int) -> Record:
-    """Return the last "usage" of the JSON that ends with *data*, and the members behind it; {} if it is no object.
+    """Return the last object "usage" of the JSON that ends with *data*, and the members behind it; {} if there is none.
 
     The objects that they belong to, *max_depth* at most, all end in *data*; what stands before is not read.
     """
-    place = data.rfind(TELLING[0])
+    place = max(data.rfind(b'"usage":{'), data.rfind(b'"usage": {'))  # not what a client's metadata may have
     found: Record = {}
     rest = data[place:].decode("utf-8", "replace") if place >= 0 else ""
     while rest and max_depth:
@@ -2067,7 +2067,7 @@ def read_end(data: bytes, max_depth: int) -> Record:
         found = {**members, **found}
         rest = rest[end - 1 :].lstrip(", \t\r\n")
         max_depth -= 1
-    return found if not rest and isinstance(found.get("usage"), dict) else {}
+    return {} if rest else found
 
 
 class UsageReader:

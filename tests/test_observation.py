@@ -252,6 +252,13 @@ class UsageReaderTest(unittest.TestCase):
                 last = chunk(response={**response, **usage}, type="response.failed")
                 self.assertEqual(read_usage([last]), (wanted_usage, wanted, True))
 
+    def test_metadata_of_the_client_is_no_usage(self):
+        for metadata in ({"usage": "batch"}, {"kind": "usage"}):
+            for size in (10, 3 * plexus_lite.END_BYTES):
+                response = {"a": "x" * size, "usage": {"input_tokens": 5}, "metadata": metadata}
+                data = sse("response.completed", response=response)
+                self.assertEqual(read_usage([data]), ({"input_tokens": 5}, None, True), (metadata, size))
+
     def test_of_a_long_event_both_ends_are_read_wherever_it_is_split(self):
         """Around the lengths at which the middle is dropped."""
         size = plexus_lite.END_BYTES

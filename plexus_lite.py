@@ -267,6 +267,8 @@ class ProxyError(Exception):
 
     def alone(self) -> "ProxyError":
         """Return it without what leads back to where it came from: a request that keeps it would keep itself."""
+        if self.__context__:  # which may have a name in its own traceback, and keep itself with all of that
+            self.__context__.__traceback__ = None
         self.__traceback__ = self.__context__ = None
         return self
 

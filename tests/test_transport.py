@@ -2,12 +2,14 @@
 
 import contextlib
 import email.utils
+import gc
 import os
 import socket
 import ssl
 import threading
 import time
 import unittest
+import weakref
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
@@ -380,6 +382,24 @@ class UnreachableTest(TransportTest):
             for model, status in (("refused", 502), ("gpt-test", 200), ("refused", 502), ("gpt-test", 200)):
                 client.send(build_request("POST", "/v1/responses", {"model": model}))
                 self.assertEqual(client.read_answer().status, status)
+
+
+class RefusedTest(unittest.TestCase):
+    def test_nothing_is_kept_of_a_request_that_found_nobody(self):
+        """The error had a name in its own traceback, and the callers in that kept the body until a collection."""
+        config = plexus_lite.parse_config(make_config(f"http://127.0.0.1:{refusing_port(self.addCleanup)}/v1"))
+        transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
+        (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
+        request = plexus_lite.OutboundRequest(target, "/responses", "POST", [], b"{}")
+        kept = weakref.ref(request)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        try:  # assertRaises would clear the traceback
+            self.assertIsNone(transport.send(request))
+        except plexus_lite.UpstreamError as error:
+            error.alone()
+        del request
+        self.assertIsNone(kept())
 
 
 class KnownAddressTest(TransportTest):

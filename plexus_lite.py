@@ -3078,7 +3078,7 @@ class Transport(urllib.request.BaseHandler):
         self._opener.add_handler(self)
 
     def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
-        """Send *request* as far as the upstream takes it now; return the connection on which its answer will come.
+        """Return the connection on which the answer to *request* will come; all of that is still to be sent.
 
         None if that needs a new connection, and *request* may not wait for one.  UpstreamError.
         """
@@ -3093,6 +3093,7 @@ class Transport(urllib.request.BaseHandler):
         assert connection is not None
         try:
             with connection.sock:
+                connection.send_some()
                 answer, content = Attempt(provider, target.base_url, ISSUER_S).read_answer(connection.sock)
                 return answer.status, content
         except (OSError, MalformedHTTP) as error:
@@ -3151,8 +3152,6 @@ class Transport(urllib.request.BaseHandler):
         head, body = request.render_head(connection.proxy), request.body or b""
         parts = [head + body] if len(body) <= 128 * KIB else [body, head]
         connection.unsent = [memoryview(part) for part in parts]
-        if not connection.connecting:
-            connection.send_some()
         return connection
 
     https_open = http_open
@@ -4729,6 +4728,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if not upstream:
                     self.fleet.closed(target)
             if upstream:
+                if not upstream.connecting and not exchange.is_gone:  # who left meanwhile must cost no tokens
+                    upstream.send_some()
                 if may_wait:
                     exchange.digest(self.fleet)
                 self.server.loop.hand(self.server.attach, self.connection, exchange, target, upstream)
@@ -6138,6 +6139,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         bounded = Target(provider._replace(connect_timeout_s=seconds), target.base_url, "")
         upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
+        upstream.send_some()
         sent_at = time.monotonic()
         attempt = Attempt(provider, target.base_url, until - sent_at)
         with upstream.sock, attempt.at("answer"):

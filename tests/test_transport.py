@@ -572,6 +572,25 @@ class TlsTest(TransportTest):
         self.assertEqual(got.json(), {"second": "try"})
         self.assertEqual(self.upstream._tls.session_stats()["hits"] - before, 1)
 
+    def test_client_that_leaves_while_it_is_connected_to_is_not_asked_for(self):
+        """The request was sent once the connection was there: to nobody's use, but its tokens count."""
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(SERVER_FILE)
+        context.num_tickets = 0  # unread, they would make a reset of the end
+        config = make_config(f"https://127.0.0.1:{listener.getsockname()[1]}/v1", {"ca_file": CA_FILE})
+        proxy = enter(self.addCleanup, Proxy(config))
+        with RawClient(proxy.port) as client:
+            client.send(ASK)
+            sock, _ = listener.accept()
+        proxy.wait_for_record(lambda record: record.get("error") == "client_gone")
+        sock.settimeout(10)
+        with context.wrap_socket(sock, server_side=True) as tls:
+            self.assertEqual(tls.recv(100), b"")
+
 
 class TlsCloseTest(TransportTest):
     def test_answer_that_ends_with_close_notify_is_whole(self):

@@ -3611,7 +3611,7 @@ class Exchange:
     held = 0  # bytes of it that are counted
     body = b""  # once all of it is here
     refusal: Optional[ProxyError] = None  # to be answered once the body has been read
-    is_gone = False  # the client has left
+    is_gone = False  # the client has left while a handler had it
     bytes_out = 0
     # What admit() finds.
     route = Route("", "", "")
@@ -4011,7 +4011,7 @@ class ClientConnection:
                 exchange.fail(error)
             exchange.refusal = None  # its traceback leads back here
             exchange.last_answer = None  # leads back, too: a cycle keeps the body until a collection, and those are few
-            if self.phase != Phase.BUSY or not exchange.is_gone:  # else a thread may have it, and its body
+            if not exchange.is_gone:  # else a thread may have it, and its body
                 exchange.let_go()
             exchange.complete_record()
             self.app.done(exchange)
@@ -4045,18 +4045,17 @@ class ClientConnection:
         """Close at once: the client has left, or has to."""
         if self.phase == Phase.CLOSED:
             return
-        exchange = self.exchange
-        if not (exchange or self.phase == Phase.CUT or self.unsent):
+        exchange, phase, self.phase = self.exchange, self.phase, Phase.CLOSED  # first: a defect below closes it again
+        if not (exchange or phase == Phase.CUT or self.unsent):
             say_goodbye(self.sock)
         self.loop.close(self.sock)
         self.unsent.clear()
+        self.app.clients.discard(self)
         if exchange:
-            exchange.is_gone = True
+            exchange.is_gone = phase == Phase.BUSY
             if exchange.record["status"] is None:
                 exchange.record["status"] = 499  # as nginx logs it
             self._end_exchange(None if self._is_whole(exchange) else "client_gone")
-        self.phase = Phase.CLOSED
-        self.app.clients.discard(self)
 
     # -- time ------------------------------------------------------------
 
@@ -4108,7 +4107,7 @@ class ClientConnection:
         """The program ends: answer what has no answer yet, break off what has, close."""
         exchange = self.exchange
         if exchange and exchange.record["status"] is None:
-            exchange.is_gone = True  # a handler that has it must not send it any more
+            exchange.is_gone = self.phase == Phase.BUSY  # a handler that has it must not send it any more
             self.refuse(shutting_down())
         elif exchange:
             self.abort(None if self._is_whole(exchange) else "shutting_down")

@@ -489,7 +489,7 @@ class DefectTest(ServerTest):
         self.assertRegex(message, r"^internal error: ValueError in line [1-9][0-9]* of version [0-9.]+$")
         with open(PROGRAM, encoding="utf-8") as file:
             source = file.read().split("\n")[int(message.split()[5]) - 1]
-        self.assertRegex(source, r"getattr\(self, \"do_\"|_read_some\(")
+        self.assertRegex(source, r"getattr\(self, \"do_\"|_read_some\(|_is_whole\(")
         self.assertNotIn("sk-upstream", proxy.error_text())
 
     def test_in_a_handler_is_a_500_and_the_connection_goes_on(self):
@@ -509,6 +509,17 @@ class DefectTest(ServerTest):
         self.assertTrue(client.at_eof(2))
         self.assertTold(proxy)
         self.assertFalse(select.select([idle.sock], [], [], 0)[0])
+        self.assertEqual(proxy.stop(), 0)
+
+    def test_in_the_end_of_a_connection_ends_no_other(self):
+        """It was closed again for that, met the same defect, and with it the program ended."""
+        proxy = self.start_with("ClientConnection._is_whole")
+        client, other = self.connect(proxy), self.connect(proxy)
+        client.send(ASK[:-1])
+        client.close()
+        self.assertTold(proxy)
+        other.send(build_request("GET", "/health"))
+        self.assertEqual(other.read_answer("GET").status, 200)
         self.assertEqual(proxy.stop(), 0)
 
 

@@ -3881,6 +3881,7 @@ class ClientConnection:
     def take_back(self, exchange: Exchange, function: Callable[..., None], *arguments: Any) -> None:
         """A handler's turn has ended: go on with *function*, unless the client has left meanwhile."""
         if self.exchange is exchange:
+            self.phase = Phase.ANSWERING  # no handler has it any more
             function(*arguments)
         else:
             exchange.let_go()

@@ -3077,7 +3077,7 @@ class Transport(urllib.request.BaseHandler):
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self)
 
-    def send(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
+    def open(self, request: OutboundRequest) -> Optional[UpstreamConnection]:
         """Return the connection on which the answer to *request* will come; all of that is still to be sent.
 
         None if that needs a new connection, and *request* may not wait for one.  UpstreamError.
@@ -3089,7 +3089,7 @@ class Transport(urllib.request.BaseHandler):
         fields = [("User-Agent", f"plexus_lite/{__version__}"), ("Accept", "application/json")]
         fields += [("Content-Type", "application/x-www-form-urlencoded"), ("Connection", "close")]
         target = Target(provider, provider.oauth_token_url, "")
-        connection = self.send(OutboundRequest(target, "", "POST", fields, form, fresh=True))
+        connection = self.open(OutboundRequest(target, "", "POST", fields, form, fresh=True))
         assert connection is not None
         try:
             with connection.sock:
@@ -4719,7 +4719,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             upstream = None
             try:
                 request = self.outbound_request(target, may_wait)
-                upstream = request and exchange.state.transport.send(request)
+                upstream = request and exchange.state.transport.open(request)
             except UpstreamError as error:
                 self.fleet.failed(target, time.monotonic())
                 exchange.last_error = error.alone()
@@ -6139,7 +6139,7 @@ def examine(state: State, target: Target, until: float, may_guess: bool = True) 
         sent = outbound_fields(ours, provider, session, session.value, credential=credential or ())
         seconds = min(provider.timeout_s("connect_timeout_s", state.config.limits), until - began)
         bounded = Target(provider._replace(connect_timeout_s=seconds), target.base_url, "")
-        upstream = state.transport.send(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
+        upstream = state.transport.open(OutboundRequest(bounded, "/models", "GET", sent, fresh=True))
         assert upstream is not None
         upstream.send_some()
         sent_at = time.monotonic()

@@ -431,12 +431,12 @@ class LeavingTest(unittest.TestCase):
         handler.exchange, handler.connection, handler.server = exchange, unittest.mock.Mock(), unittest.mock.Mock()
         handler.fleet, handler.hand = unittest.mock.Mock(), unittest.mock.Mock()
         handler.outbound_request = lambda target, may_wait: target
-        exchange.state.transport.send.side_effect = leave  # type: ignore[attr-defined]
+        exchange.state.transport.open.side_effect = leave  # type: ignore[attr-defined]
         left = weakref.ref(exchange)
         gc.disable()
         self.addCleanup(gc.enable)
         handler.handle()
-        exchange.state.transport.send.side_effect = None  # type: ignore[attr-defined]
+        exchange.state.transport.open.side_effect = None  # type: ignore[attr-defined]
         del exchange, handler.exchange, leave
         self.assertIsNone(left())
 

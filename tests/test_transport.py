@@ -305,7 +305,7 @@ class PoolIdleTest(TransportTest):
             ours.setblocking(False)
             transport.release(plexus_lite.UpstreamConnection(ours, ("http", "up.example", "up")))
             theirs.send(said)
-            self.assertEqual(transport.send(request) is not None, is_used, said)
+            self.assertEqual(transport.open(request) is not None, is_used, said)
             self.assertEqual(ours.fileno() >= 0, is_used)
 
     def test_the_session_of_a_tls_connection_is_copied_once(self):
@@ -396,7 +396,7 @@ class RefusedTest(unittest.TestCase):
         gc.disable()
         self.addCleanup(gc.enable)
         try:  # assertRaises would clear the traceback
-            self.assertIsNone(transport.send(request))
+            self.assertIsNone(transport.open(request))
         except plexus_lite.UpstreamError as error:
             error.alone()
         del request
@@ -433,14 +433,14 @@ class KnownAddressTest(TransportTest):
         transport = plexus_lite.Transport(config, lambda: self.fail("no demo here"))
         (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
         request = plexus_lite.OutboundRequest(target, "/models", "GET", [], may_wait=False)
-        self.assertIsNone(transport.send(request), "the name would have to be resolved")
+        self.assertIsNone(transport.open(request), "the name would have to be resolved")
         for one in (plexus_lite.OutboundRequest(target, "/models", "GET", []), request):
-            connection = transport.send(one)
+            connection = transport.open(one)
             assert connection is not None
             self.addCleanup(connection.sock.close)
             self.assertEqual(connection.sock.gettimeout(), 0)
         with mock.patch("time.monotonic", lambda: time.perf_counter() + 10**6):
-            self.assertIsNone(transport.send(request), "after a minute the name is resolved again")
+            self.assertIsNone(transport.open(request), "after a minute the name is resolved again")
 
     def test_one_that_refuses_by_now_is_told_as_ever(self):
         proxy = self.start()

@@ -2134,7 +2134,7 @@ class UsageReader:
                 self._note(found)
         if not is_long and not found:
             with contextlib.suppress(ValueError, RecursionError):
-                self._note(ANSWER_DECODER.decode(text[begin:].decode()))
+                self._note(ANSWER_DECODER.decode(text[begin:].decode("utf-8-sig")))  # some begin with its mark
 
     def _note(self, event: Any) -> None:
         """Note what *event*, or an answer's one object, tells."""

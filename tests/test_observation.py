@@ -177,6 +177,8 @@ class UsageReaderTest(unittest.TestCase):
             for indent in (None, 2):
                 with self.subTest(name, indent=indent):
                     self.assertReads(json.dumps(value, indent=indent).encode() + b"\n", wanted, is_events=False)
+        marked = b"\xef\xbb\xbf" + json.dumps(whole).encode()
+        self.assertReads(marked, (TOKENS, None, True), is_events=False)
 
     def test_what_is_no_count_is_unknown_and_never_0(self):
         for text in (

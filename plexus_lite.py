@@ -3642,7 +3642,7 @@ class Exchange:
 
     def __init__(self, head: RequestHead, state: State, peer: str, now: float, bodies: Bodies) -> None:
         self.head, self.bodies = head, bodies
-        self.headers = head.headers.end_to_end()
+        self.headers = head.headers  # the end-to-end ones once it is admitted: a copy can take 2 MB
         self.state = state
         # Not from the system's source of secrets: the id only tells requests apart, and each costs a system call.
         self.record = new_record(time.time(), f"req_{random.getrandbits(96):024x}", peer)
@@ -4524,6 +4524,7 @@ def admit(exchange: Exchange) -> None:
             exchange.identity = find_key(head.headers, keys)
     if route.action == "forward" and head.headers.values.keys().isdisjoint(("content-length", "transfer-encoding")):
         raise ProxyError("length_required", "a body is needed: send JSON with Content-Length")
+    exchange.headers = head.headers.end_to_end()
 
 
 def place(exchange: Exchange, fleet: Fleet, now: float) -> None:

@@ -627,6 +627,16 @@ class BodiesTest(unittest.TestCase):
         bench.receive(build_request("POST", "/v1/responses", {}, key=None))
         self.assertEqual([record["status"] for record in bench.records], [200, 503])
 
+    def test_the_head_of_a_request_that_is_not_admitted_is_not_copied(self):
+        """With 10,000 fields in it, each connection that waited for its body, without a key, held 5.4 MB."""
+        bench = Bench(lambda bench, exchange, connection: self.fail("it was refused"))
+        refusal = plexus_lite.ProxyError("invalid_api_key", "no")
+        with unittest.mock.patch.object(bench, "admit", side_effect=refusal):
+            bench.receive(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: te\r\nContent-Length: 9\r\n\r\n{")
+        exchange = bench.client.exchange
+        assert exchange is not None
+        self.assertIs(exchange.headers, exchange.head.headers)
+
     def test_workers_share_what_may_be_held(self):
         bodies = plexus_lite.Bodies(4)
         self.assertEqual([bodies.count(10), bodies.count(5), bodies.count(-14)], [40, 60, 4])

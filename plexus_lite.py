@@ -5113,10 +5113,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
         self.tally.add(exchange.record, time.time())
-        targets = exchange.plan.targets
-        for number in range(1, exchange.record["attempts"]):
-            if number % len(targets):  # the next one stood in for it; after the last, a 429 was waited for
-                self.tally.count("plexus_failovers_total", (targets[number % len(targets) - 1].provider.name,))
+        for target in exchange.plan.targets[: max(exchange.tried - 1, 0)]:  # the next one stood in for it
+            self.tally.count("plexus_failovers_total", (target.provider.name,))
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:
         """Record the tokens of *exchange*, and why it found too little in the cache, if it did."""

@@ -3630,6 +3630,7 @@ class Exchange:
     turn_owner: Optional[str] = None  # the place that minted the turn state
     # What each turn changes.
     tried = 0  # how many targets of the plan
+    left: Tuple[Target, ...] = ()  # those that a further one stood in for
     target: Optional[Target] = None  # the one being asked
     asks_again = False  # the same target, in the next turn
     was_stale = False  # its pooled connection
@@ -4748,6 +4749,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not exchange.asks_again:
             if exchange.tried == len(targets):
                 return None
+            if exchange.tried:
+                exchange.left += (targets[exchange.tried - 1],)
             exchange.tried += 1
             exchange.was_stale, exchange.refused = False, ()
             exchange.record["attempts"] += 1
@@ -5113,7 +5116,7 @@ class Server(http.server.ThreadingHTTPServer):
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)
         self.tally.add(exchange.record, time.time())
-        for target in exchange.plan.targets[: max(exchange.tried - 1, 0)]:  # the next one stood in for it
+        for target in exchange.left:
             self.tally.count("plexus_failovers_total", (target.provider.name,))
 
     def _explain(self, exchange: Exchange, usage: UsageReader) -> None:

@@ -26,12 +26,14 @@ from tests.support import (
     answer,
     build_request,
     enter,
+    get,
     make_config,
     post,
     render_head,
     shut_down,
     stream,
 )
+from tests.test_observation import parse_metrics, total
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CA_FILE = os.path.join(HERE, "tls_ca.pem")  # made for these tests, trusted by nobody, valid until 2120
@@ -1016,8 +1018,15 @@ class FailoverTest(TransportTest):
             self.a.reset()
 
     def test_429_is_waited_out_though_another_target_is_dead(self):
+        def failovers() -> float:
+            return total(parse_metrics(get(self.proxy.port, "/metrics").body), "plexus_failovers_total")
+
+        before = failovers()
         self.a.script(answer(429, {"retry-after-ms": "100"}, {"error": {}}), answer(200, (), {"second": "time"}))
-        self.assertEqual(self.ask("dead-and-patient").json(), {"second": "time"})
+        got = self.ask("dead-and-patient")
+        self.assertEqual(got.json(), {"second": "time"})
+        # Those before the wait count, too.  Two attempts were none: the first, and the first after the wait.
+        self.assertEqual(failovers() - before, self.record(got)["attempts"] - 2)
 
     def test_session_that_was_moved_stays_moved(self):
         body = {"prompt_cache_key": "moving session"}

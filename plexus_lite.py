@@ -4621,7 +4621,7 @@ def check_model(exchange: Exchange, body: JsonBody) -> None:
     """Refuse a *body* that asks for no model, or for one that this key may not use."""
     model, allowed = exchange.model, exchange.identity.models
     if model is None:
-        found = "not one" if "model" in body.spans else "missing"
+        found = str(body.part("model")[:60], "utf-8", "replace") if "model" in body.spans else "missing"
         raise ProxyError("invalid_request", f'"model" must be a string; it is {found}', param="model")
     if allowed is not None and model not in allowed:
         if not is_served(exchange.state.config, model):
@@ -6268,7 +6268,7 @@ def write_out(text: str) -> None:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Return what the command line says; None is what it leaves to the configuration.
 
-    SystemExit after --help and --version, and for what is wrong.
+    SystemExit after --help and --version, and for what is wrong; ConfigError for a host or port that no file can have.
     """
     parser = argparse.ArgumentParser(
         usage="plexus_lite.py [COMMAND] [OPTION...]",
@@ -6296,6 +6296,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"there is no command {options.command}")
     if bool(options.files) != (options.command == "report"):
         parser.error("report needs a LOG, and no other command reads one")
+    for name in ("host", "port"):
+        given = getattr(options, name)
+        if given is not None:
+            Config.rows[name].read(given, f"--{name}")
     return options
 
 
@@ -6314,7 +6318,7 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
-            value[name] = Config.rows[name].read(given, f"--{name}")
+            value[name] = given
     return parse_config(value)
 
 

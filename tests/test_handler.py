@@ -779,21 +779,21 @@ class BadBodyTest(HandlerTest):
         self.assertEqual(self.post({"model": "gpt-test"}).status, 200)
 
     def test_body_must_be_an_object_with_one_model_that_is_a_string(self):
-        for body in (
-            b"[]",
-            b'"gpt-test"',
-            b"null",
-            b"1",
-            b"{}",
-            b'{"input":"x"}',
-            b'{"model":null}',
-            b'{"model":1}',
-            b'{"model":["gpt-test"]}',
-            b'{"model":{"model":"gpt-test"}}',
-            b'{"model":"gpt-test","model":"other-model"}',
+        for body, found in (
+            (b"[]", "object"),
+            (b'"gpt-test"', "object"),
+            (b"null", "object"),
+            (b"1", "object"),
+            (b"{}", "it is missing"),
+            (b'{"input":"x"}', "it is missing"),
+            (b'{"model":null}', "it is null"),
+            (b'{"model":1}', "it is 1"),
+            (b'{"model":["gpt-test"]}', 'it is ["gpt-test"]'),
+            (b'{"model":{"model":"gpt-test"}}', 'it is {"model":"gpt-test"}'),
+            (b'{"model":"gpt-test","model":"other-model"}', "twice"),
         ):
             with self.subTest(body):
-                self.assert_error(self.post(body), 400, "invalid_request")
+                self.assertIn(found, self.assert_error(self.post(body), 400, "invalid_request"))
         self.assertEqual(self.up.requests + self.other.requests, [])
 
     def test_model_with_a_lone_surrogate_is_answered(self):

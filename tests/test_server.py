@@ -185,7 +185,7 @@ class CommandLineTest(ServerTest):
         self.assertEqual(proxy.error_text(), "")
 
     def test_wrong_usage_is_exit_2_without_a_traceback(self):
-        port = "c.json: --port: expected a whole number from 0 to 65535, found "
+        port = "--port: expected a whole number from 0 to 65535, found "
         lines = (
             (["--port", "x"], "error: argument --port: invalid int value: 'x'\n"),
             (["--port", "70000"], port + "70000\n"),
@@ -193,7 +193,7 @@ class CommandLineTest(ServerTest):
             (["--nonesuch"], ""),
             (["nonesuch"], ""),
             (["--log-level", "loud"], ""),
-            (["--host", ""], 'c.json: --host: expected a non-empty string, found ""\n'),
+            (["--host", ""], '--host: expected a non-empty string, found ""\n'),
             (["--log-file", os.path.join(tempfile.gettempdir(), "no", "such", "folder", "x.log")], ""),
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -1743,7 +1743,7 @@ def render_json(value: Any) -> bytes:
 Targets = Sequence[Target]
 
 
-class Place(NamedTuple):
+class Affinity(NamedTuple):
     """What a request is placed by."""
 
     key: str  # digest of the session value, or the fingerprint where there is none: what is hashed
@@ -1786,7 +1786,7 @@ def load_limit(target: Target, group: Targets, open_requests: Mapping[str, int])
     return max(LOAD_MINIMUM, math.ceil(LOAD_FACTOR * share))
 
 
-def plan_targets(targets: Targets, by: Place, snapshot: Snapshot) -> Plan:
+def plan_targets(targets: Targets, by: Affinity, snapshot: Snapshot) -> Plan:
     """Return the order in which *targets* (at least one) are tried for what is placed *by* this.
 
     1. The owner of the response id or turn state, else the pin, else the first by rendezvous hashing; groups in order.
@@ -1877,10 +1877,12 @@ def is_bound(body: JsonBody) -> bool:
     return body.has("previous_response_id") or bool(ENCRYPTED.search(body.raw, start, end))
 
 
-def place_of(session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]) -> Place:
+def affinity_of(
+    session: Optional[str], body: Optional[JsonBody], model: Optional[str], owner: Optional[str]
+) -> Affinity:
     """Return what places a request with the session value *session*, None if it has none; then *body* does."""
     key = fingerprint_of(body) if session is None and body else text_digest(session or "")
-    return Place(key, f"{key} {text_digest(model or '')}", owner, body is not None and is_bound(body))
+    return Affinity(key, f"{key} {text_digest(model or '')}", owner, body is not None and is_bound(body))
 
 
 class Remembered(Generic[T]):
@@ -1931,11 +1933,11 @@ class Fleet:
             cooling = frozenset(one.id for one in targets if self._failures.get(one.id, (0, now))[1] > now)
         return Snapshot(open_requests, cooling, pin)
 
-    def plan(self, targets: Targets, by: Place, now: float, idle_s: float) -> Plan:
+    def plan(self, targets: Targets, by: Affinity, now: float, idle_s: float) -> Plan:
         """Return the order in which *targets* are tried, from all that is known at *now* (monotonic)."""
         return plan_targets(targets, by, self.snapshot(targets, now, self.pins.get(by.session, now, idle_s)))
 
-    def served(self, by: Place, plan: Plan, target: Target, attempts: int, now: float) -> None:
+    def served(self, by: Affinity, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts):
             self.pins.put(by.session, target.id, now)
@@ -3626,7 +3628,7 @@ class Exchange:
     targets: Tuple[Target, ...] = ()  # all that could serve it
     is_renamed = False  # some of them under another model's name: it is copied for them
     plan = NO_PLAN
-    place: Optional[Place] = None  # what it was placed by, if there was a choice
+    affinity: Optional[Affinity] = None  # what it was placed by, if there was a choice
     turn_owner: Optional[str] = None  # the place that minted the turn state
     # What each turn changes.
     tried = 0  # how many targets of the plan
@@ -3730,8 +3732,8 @@ class ClientConnection:
     _advances_soon = False  # a call of _advance() waits for its round
     _took_at = 0.0  # when the client last took something of unsent
 
-    def __init__(self, app: "Server", sock: socket.socket, peer: str) -> None:
-        self.app, self.loop, self.sock, self.peer = app, app.loop, sock, peer
+    def __init__(self, server: "Server", sock: socket.socket, peer: str) -> None:
+        self.server, self.loop, self.sock, self.peer = server, server.loop, sock, peer
         self.unsent = bytearray()  # what the client has not taken yet
         self.deadline = self.loop.now + self.limits.header_timeout_s  # a new connection has something to say
         self.idle_since = time.monotonic()  # not loop.now: of those that came in one go, the last must not give way
@@ -3741,7 +3743,7 @@ class ClientConnection:
 
     @property
     def limits(self) -> Limits:
-        return self.app.state.config.limits  # those of today: a reload is for open connections, too
+        return self.server.state.config.limits  # those of today: a reload is for open connections, too
 
     def enter(self, phase: str, seconds: float = math.inf) -> None:
         self.phase, self.deadline = phase, self.loop.now + seconds
@@ -3835,7 +3837,7 @@ class ClientConnection:
     def _begin(self, head: RequestHead, limits: Limits) -> None:
         """Decide on a request by its head, before its body is read."""
         length = body_length(head)
-        exchange = self.exchange = Exchange(head, self.app.state, self.peer, self.loop.now, self.app.bodies)
+        exchange = self.exchange = Exchange(head, self.server.state, self.peer, self.loop.now, self.server.bodies)
         exchange.reader = ChunkedBody() if length is None else LengthBody(length)
         self.enter(Phase.BODY, limits.body_timeout_s)
         self.closing = head.version == 0 or "close" in head.headers.tokens("connection")
@@ -3843,7 +3845,7 @@ class ClientConnection:
         try:
             if expectation not in ([], ["100-continue"]):
                 raise ProxyError("expectation_failed", "the only expectation met here is 100-continue")
-            self.app.admit(exchange)
+            self.server.admit(exchange)
             if length and length > limits.max_body_bytes:
                 raise too_large("body", limits.max_body_bytes)
         except ProxyError as error:
@@ -3877,7 +3879,7 @@ class ClientConnection:
 
     def go_on(self, exchange: Exchange) -> None:
         self.enter(Phase.BUSY)
-        self.app.start(exchange, self)
+        self.server.start(exchange, self)
 
     def take_back(self, exchange: Exchange, function: Callable[..., None], *arguments: Any) -> None:
         """A handler's turn has ended: go on with *function*, unless the client has left meanwhile."""
@@ -3895,7 +3897,7 @@ class ClientConnection:
             self.close()
             return
         if self.exchange is None:
-            self.exchange = Exchange(NO_HEAD, self.app.state, self.peer, self.loop.now, self.app.bodies)
+            self.exchange = Exchange(NO_HEAD, self.server.state, self.peer, self.loop.now, self.server.bodies)
         if error.closes or not self.exchange.reader.done:
             self.closing = True  # the bytes that follow cannot be told from a request
             self._pending = b""
@@ -3924,7 +3926,7 @@ class ClientConnection:
         elif status not in (204, 304):
             own.append(("Content-Length", str(length)))
         own.append(("x-plexus-request-id", exchange.record["id"]))
-        self.closing = self.closing or self.framing == "close" or self.app.is_draining()
+        self.closing = self.closing or self.framing == "close" or self.server.is_draining()
         if self.closing:
             own.append(("Connection", "close"))
         line = f"HTTP/1.1 {status} {reason}\r\n".encode("latin-1")
@@ -3993,7 +3995,7 @@ class ClientConnection:
             return
         self._end_exchange()
         self.idle_since = time.monotonic()
-        if self.closing or self.app.is_draining():
+        if self.closing or self.server.is_draining():
             self.enter(Phase.LINGERING)
             if not self.unsent:
                 self._shut()
@@ -4016,7 +4018,7 @@ class ClientConnection:
             if not exchange.is_gone:  # else a thread may have it, and its body
                 exchange.let_go()
             exchange.complete_record()
-            self.app.done(exchange)
+            self.server.done(exchange)
 
     def _shut(self) -> None:
         """Say that nothing follows, and read on for a while: closing with unread bytes would reset the connection,
@@ -4052,7 +4054,7 @@ class ClientConnection:
             say_goodbye(self.sock)
         self.loop.close(self.sock)
         self.unsent.clear()
-        self.app.clients.discard(self)
+        self.server.clients.discard(self)
         if exchange:
             exchange.is_gone = phase == Phase.BUSY
             if exchange.record["status"] is None:
@@ -4144,7 +4146,7 @@ class Answer:
         self.connection, self.exchange, self.target, self.loop = connection, exchange, target, connection.loop
         self.upstream: Optional[UpstreamConnection] = upstream
         self._proxy, self._credential = upstream.proxy, exchange.credential
-        self._fleet = connection.app.fleet
+        self._fleet = connection.server.fleet
         self._limits = exchange.state.config.limits
         self._wait_for("connect_timeout_s" if upstream.connecting else "first_byte_timeout_s")
         self._quiet_since = self._commented_at = self.loop.now
@@ -4274,7 +4276,7 @@ class Answer:
         rest, self._start = self._start, b""
         self._take(self._body.feed(rest))
         if head.status < 400:
-            self.connection.app.digest_later(self.exchange)
+            self.connection.server.digest_later(self.exchange)
 
     def _learn(self, head: AnswerHead) -> None:
         """Remember what this head teaches: the target is well or has to rest, where the session lies now, who minted
@@ -4285,8 +4287,8 @@ class Answer:
             return
         fleet.succeeded(target)
         if head.status < 400 and len(exchange.targets) > 1:
-            if exchange.place:
-                fleet.served(exchange.place, exchange.plan, target, exchange.tried, now)
+            if exchange.affinity:
+                fleet.served(exchange.affinity, exchange.plan, target, exchange.tried, now)
             for state in head.headers.all(TURN_STATE):
                 fleet.owners.put(text_digest(state), target.place, now)
 
@@ -4485,9 +4487,9 @@ class Feed:
         self.tick(connection.loop.now)
 
     def tick(self, now: float) -> None:
-        connection, app = self._connection, self._connection.app
+        connection, server = self._connection, self._connection.server
         # Other keys: whose page this is may be none any more, or see less.  It asks for another ticket by itself.
-        if app.is_draining() or app.state.credentials.keys != self._keys:
+        if server.is_draining() or server.state.credentials.keys != self._keys:
             connection.send_payload(b"", is_last=True)
             connection.finish()
         elif now >= self._next and not connection.unsent:  # read too slowly: nothing more, and the stall limit counts
@@ -4583,7 +4585,7 @@ def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
         owner = fleet.owners.get(text_digest(issued), now)
     for state in exchange.headers.all(TURN_STATE):
         exchange.turn_owner = fleet.owners.get(text_digest(state), now)
-    by = exchange.place = place_of(exchange.session.value, body, exchange.model, owner or exchange.turn_owner)
+    by = exchange.affinity = affinity_of(exchange.session.value, body, exchange.model, owner or exchange.turn_owner)
     plan = fleet.plan(exchange.targets, by, now, exchange.state.config.limits.pin_idle_s)
     if exchange.session.value is None and plan.reason == "rendezvous":
         plan = plan._replace(reason="fingerprint")

@@ -59,7 +59,7 @@ class Turn(NamedTuple):
 @dataclasses.dataclass
 class Conversation:
     number: int
-    place: plexus_lite.Place
+    place: plexus_lite.Affinity
     start_s: float
     turns: List[Turn]
     has_session: bool = True
@@ -93,7 +93,7 @@ def make_conversations(
         elif rng.random() < anonymous:
             value = None
         members = {"model": MODEL, "instructions": "You are a coding agent.", "input": [f"task {number}"]}
-        place = plexus_lite.place_of(value, body_of(members), MODEL, None)
+        place = plexus_lite.affinity_of(value, body_of(members), MODEL, None)
         found.append(Conversation(number, place, start, turns, value is not None))
     return found
 

@@ -771,9 +771,9 @@ class FeedTest(unittest.TestCase):
     def test_a_page_that_does_not_read_gets_nothing_more(self):
         connection, shown = unittest.mock.Mock(unsent=b""), [0]
         connection.loop.now = 100.0
-        connection.app.is_draining.return_value = False
+        connection.server.is_draining.return_value = False
         keys: Dict[str, Any] = {}
-        connection.app.state.credentials.keys = keys
+        connection.server.state.credentials.keys = keys
         feed = plexus_lite.Feed(connection, unittest.mock.Mock(record={}, keys=keys), lambda: {"n": shown[0]})
         sent = connection.send_payload
         self.assertEqual(sent.call_count, 1)

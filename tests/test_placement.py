@@ -33,8 +33,8 @@ def fleet_of(*names: str) -> List[plexus_lite.Target]:
     return [target(name) for name in names]
 
 
-def at(key: str, owner: Optional[str] = None, is_bound: bool = False) -> plexus_lite.Place:
-    return plexus_lite.Place(key, key, owner, is_bound)
+def at(key: str, owner: Optional[str] = None, is_bound: bool = False) -> plexus_lite.Affinity:
+    return plexus_lite.Affinity(key, key, owner, is_bound)
 
 
 def names(plan: plexus_lite.Plan) -> List[str]:
@@ -662,7 +662,7 @@ class LongNames(unittest.TestCase):
         self.assertEqual(len(set(ids)), 3)
         self.assertLess(max(map(len, ids)), 200)
         self.assertTrue(all(one.startswith(place.place) for one in ids))
-        sessions = [plexus_lite.place_of("s", None, name * 100_000, None).session for name in ("a", "b")]
+        sessions = [plexus_lite.affinity_of("s", None, name * 100_000, None).session for name in ("a", "b")]
         self.assertNotEqual(*sessions)
         self.assertLess(max(map(len, sessions)), 200)
 
@@ -672,7 +672,7 @@ class Sessions(unittest.TestCase):
 
     def setUp(self) -> None:
         self.fleet, self.targets = plexus_lite.Fleet(), fleet_of("a", "b", "c")
-        self.place = plexus_lite.place_of("s", None, "m", None)
+        self.place = plexus_lite.affinity_of("s", None, "m", None)
         self.home, self.second, self.third = self.plan(0).targets
 
     def plan(self, now: float, **options: Any) -> plexus_lite.Plan:
@@ -739,21 +739,23 @@ class Sessions(unittest.TestCase):
 
     def test_sessions_and_models_are_pinned_each_on_its_own(self):
         self.serve(0, self.home)
-        for place in (plexus_lite.place_of("t", None, "m", None), plexus_lite.place_of("s", None, "n", None)):
+        for place in (plexus_lite.affinity_of("t", None, "m", None), plexus_lite.affinity_of("s", None, "n", None)):
             self.assertEqual(self.fleet.plan(self.targets, place, 1000.0, 1800.0).reason, "rendezvous")
-        again = plexus_lite.place_of("s", body_of({"input": "something else"}), "m", None)
+        again = plexus_lite.affinity_of("s", body_of({"input": "something else"}), "m", None)
         self.assertEqual(self.fleet.plan(self.targets, again, 1000.0, 1800.0).reason, "pin")
 
     def test_without_a_session_value_the_fingerprint_places(self):
         turn = {"model": "m", "input": [{"a": 1}]}
         later = {"model": "m", "input": [{"a": 1}, {"b": 2}]}
-        place = plexus_lite.place_of(None, body_of(turn), "m", None)
-        self.assertEqual(place, plexus_lite.place_of(None, body_of(later), "m", None))
+        place = plexus_lite.affinity_of(None, body_of(turn), "m", None)
+        self.assertEqual(place, plexus_lite.affinity_of(None, body_of(later), "m", None))
         self.assertEqual(place.key, plexus_lite.fingerprint_of(body_of(turn)))
-        self.assertNotEqual(place, plexus_lite.place_of(None, body_of({"model": "m", "input": [{"a": 2}]}), "m", None))
+        self.assertNotEqual(
+            place, plexus_lite.affinity_of(None, body_of({"model": "m", "input": [{"a": 2}]}), "m", None)
+        )
 
     def test_the_session_value_itself_is_remembered_nowhere(self):
-        place = plexus_lite.place_of("a-session-of-a-client", None, "m", None)
+        place = plexus_lite.affinity_of("a-session-of-a-client", None, "m", None)
         self.assertNotIn("a-session", repr(place))
 
 

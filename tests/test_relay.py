@@ -82,15 +82,15 @@ class LoopTest(unittest.TestCase):
             self.addCleanup(end.close)
         transport = types.SimpleNamespace(release=lambda upstream: None)
         state: Any = types.SimpleNamespace(config=config, transport=transport)
-        app: Any = types.SimpleNamespace(
+        server: Any = types.SimpleNamespace(
             loop=loop, state=state, fleet=plexus_lite.Fleet(), clients=set(), bodies=plexus_lite.Bodies(1)
         )
-        app.start = app.done = lambda *_: None
+        server.start = server.done = lambda *_: None
         (target,) = plexus_lite.targets_of(config, "gpt-test", "responses")
         self.addCleanup(gc.enable)
         gc.disable()
-        connection = plexus_lite.ClientConnection(app, client, "")
-        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, app.bodies)
+        connection = plexus_lite.ClientConnection(server, client, "")
+        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, state, "", 0.0, server.bodies)
         upstream = plexus_lite.UpstreamConnection(near, ("http", "up"))
         far.send(b"HTTP/1.1 429 Wait\r\nContent-Length: 0\r\n\r\n")
         plexus_lite.Answer(connection, exchange, target, upstream)._on_ready(plexus_lite.READ)
@@ -108,15 +108,15 @@ class LoopTest(unittest.TestCase):
         client, peer = socket.socketpair()
         for end in (loop._wake_read, loop._wake_write, client, peer):
             self.addCleanup(end.close)
-        app: Any = types.SimpleNamespace(loop=loop, clients=set(), bodies=plexus_lite.Bodies(1), done=lambda _: None)
-        app.state, app.is_draining = types.SimpleNamespace(config=config), lambda: False
-        connection = plexus_lite.ClientConnection(app, client, "")
-        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, app.state, "", 0.0, app.bodies)
+        server: Any = types.SimpleNamespace(loop=loop, clients=set(), bodies=plexus_lite.Bodies(1), done=lambda _: None)
+        server.state, server.is_draining = types.SimpleNamespace(config=config), lambda: False
+        connection = plexus_lite.ClientConnection(server, client, "")
+        exchange = connection.exchange = plexus_lite.Exchange(plexus_lite.NO_HEAD, server.state, "", 0.0, server.bodies)
         exchange.hold(5)
         connection.enter(plexus_lite.Phase.BUSY)
         peer.close()
         connection.take_back(exchange, connection.refuse, plexus_lite.shutting_down())
-        self.assertEqual((connection.phase, app.bodies.count(0)), (plexus_lite.Phase.CLOSED, 0))
+        self.assertEqual((connection.phase, server.bodies.count(0)), (plexus_lite.Phase.CLOSED, 0))
 
     def test_turns_wait_for_what_is_ready(self):
         loop = plexus_lite.Loop()

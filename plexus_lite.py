@@ -4323,12 +4323,12 @@ class Answer:
         exchange, status, is_whole = self.exchange, self.head.status, self._body.done
         passes_on = {404} if exchange.route.action == "stored" else RETRY_STATUSES  # with which another is asked
         if is_whole:
-            exchange.last_answer = self
+            exchange.last_answer = self  # give_up() hands it on if nobody does better
         if is_whole and status == 401 and self.target.provider.oauth_refresh and not exchange.refused:
             exchange.refused, exchange.asks_again = exchange.credential, True  # once more, after a renewal
             self._next_turn()
         elif status in passes_on and (is_whole or exchange.tried < len(exchange.plan.targets)):
-            self._next_turn()
+            self._next_turn()  # of a whole one from the last target, too: give_up() may wait for a 429 to pass
         else:
             self.hand_on()
 
@@ -5100,7 +5100,7 @@ class Server(http.server.ThreadingHTTPServer):
         return self._drain_deadline < math.inf
 
     def _call_when_quiet(self, function: Callable[[Any], None], argument: Any) -> None:
-        """Observe when no client waits for anything, or before too much of it has to be done."""
+        """Call *function* when no client waits for anything, or before too many such calls wait."""
         self._waiting.append((function, argument))
         self.loop.patience_s = QUIET_S
         if len(self._waiting) == self._max_waiting:

@@ -2096,7 +2096,7 @@ class UsageReader:
         if end:
             lines = bytes(self._begun) + data[:end]
             self._begun.clear()
-            if is_telling(lines):
+            if len(lines) >= 2 * END_BYTES or is_telling(lines):
                 self._read_lines(lines)
         self._begun += data[end:]
         if len(self._begun) > 2 * END_BYTES:
@@ -2110,8 +2110,14 @@ class UsageReader:
             del self.tokens["cached_tokens"]  # counted apart, not among the input: no share can be told
 
     def _read_lines(self, lines: bytes) -> None:
-        """Read those of the *lines* that tell something."""
+        """Read those of the *lines* that tell something, and all long ones, whose middle may be gone already."""
         begins = set()
+        begin = 0
+        while len(lines) - begin >= 2 * END_BYTES:
+            end = lines.find(b"\n", begin)
+            if end - begin >= 2 * END_BYTES:
+                begins.add(begin)
+            begin = end + 1
         for word in TELLING:
             place = lines.rfind(word)  # takes a third of the time of find or "in"
             while place >= 0:

@@ -965,9 +965,11 @@ def ref_usage(data: bytes, is_events: bool) -> Usage:
                 take(tokens, name, counts.get(name))
             take(tokens, "input_tokens", counts.get("prompt_tokens"))
             take(tokens, "output_tokens", counts.get("completion_tokens"))
-        if isinstance(inside.get("error"), dict) or kind in ("error", "response.failed"):
-            failure = event if flat else inside_of(inside, "error")
+        failure = event if flat else inside.get("error")
+        if isinstance(failure, dict):
             error = str(failure.get("code") or failure.get("type") or kind or "error")[:100]
+        elif kind in ("error", "response.failed"):
+            error = error or str(kind)  # a code that was read says more
     if tokens.get("cached_tokens", 0) > tokens.get("input_tokens", 0):
         del tokens["cached_tokens"]
     return tokens, error

@@ -284,6 +284,12 @@ class UsageReaderTest(unittest.TestCase):
         for cut in (len(data), len(data) - 1, len(data) - 2, len(data) - 9):
             self.assertEqual(read_usage([data[:cut], data[cut:]]), ({}, None, False), cut)
 
+    def test_a_word_that_ends_where_the_middle_begins_tells_as_much(self):
+        begin, size = b'{"type":"response.failed"', plexus_lite.END_BYTES
+        data = b"data:" + b" " * (size - 5 - len(begin)) + begin + b',"a":"%s"}\n' % (b"x" * 2 * size)
+        for cut in (size, 2 * size + 1, len(data) - 1, len(data)):
+            self.assertEqual(read_usage([data[:cut], data[cut:]]), ({}, "response.failed", True), cut)
+
     def test_megabytes_are_read_in_bounded_memory(self):
         bulk = {"bulk": [dict(ECHO, description='a "quoted" \\ text' * 50) for _ in range(600)]}
         for order in ({**bulk, **response_object([])}, {**response_object([]), **bulk}):

@@ -6400,13 +6400,14 @@ def serve(options: argparse.Namespace) -> int:
     # What is here now stays: no collection has to look at it again, nor does it move apart in forked workers.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    # Until whoever handles them is ready: the line on stdout invites them.  A thread that is still ending would be
-    # killed by one that it does not hold, and all of the process with it.
-    hold_signals(True)
-    if sys.version_info < (3, 10):  # loads libgcc when its first thread ends: without a descriptor left it would abort
-        first = threading.Thread(target=int)
-        first.start()
-        first.join()
+    hold_signals(True)  # until whoever handles them is ready: the line on stdout invites them
+    if sys.version_info < (3, 10):
+        with contextlib.suppress(ImportError, OSError):
+            import ctypes
+
+            # When a thread ends, these load it; without a descriptor left they would abort.  Not by ending a thread
+            # here: a fork in the middle of that took the workers' lives.
+            ctypes.CDLL("libgcc_s.so.1")
     try:
         listener = listen(config.host, config.port)
     except (OSError, TypeError, ValueError) as error:  # the latter two: it can be no name

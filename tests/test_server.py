@@ -233,7 +233,8 @@ class MemoryTest(ServerTest):
         self.assertEqual(get(proxy.port, "/health").status, 200)
         with open(f"/proc/{proxy.process.pid}/status", encoding="ascii") as file:
             (resident,) = (int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
-        self.assertLess(resident, 35 * 1024)
+        # From 3.14 argparse, which shows colours, takes dataclasses and inspect with it: 6 MB.
+        self.assertLess(resident, (35 if sys.version_info < (3, 14) else 41) * 1024)
 
 
 class BadConfigTest(ServerTest):

@@ -216,12 +216,16 @@ class WorkersTest(unittest.TestCase):
         self.assertIn("worker 0 cannot be started: none left; again in 0.05 s", proxy.error_text())
         self.assertEqual(support.get(proxy.port, "/health").status, 200)
 
-    def test_there_is_no_thread_to_warn_of_before_the_fork(self) -> None:
-        """From 3.12 os.fork() warns of one, on stderr, even of one that has been joined and is still ending."""
+    def test_there_is_no_thread_before_the_fork(self) -> None:
+        """Not even one that has been joined: it may still be ending.
+
+        From 3.12 os.fork() warns of it, on stderr.  In 3.8 and 3.9 one that was loading libgcc left a worker behind
+        that aborted with its own first thread: two of twelve starts.
+        """
         change = (
             "import os, threading\nbegun, start, fork = [], threading.Thread.start, os.fork\n"
             "def note_start(thread):\n    begun.append(thread)\n    start(thread)\n"
-            "def fork_alone():\n    assert not begun or sys.version_info < (3, 10)\n    return fork()\n"
+            "def fork_alone():\n    assert not begun\n    return fork()\n"
             "threading.Thread.start, os.fork = note_start, fork_alone"
         )
         proxy = support.Proxy(support.make_config(self.upstream, workers=2))

@@ -718,13 +718,18 @@ class Proxy:
         self.process.kill()
         self.process.wait(10)
 
-    def error_text(self) -> str:
+    def error_lines(self) -> List[str]:
+        """Return what stderr has by now; once the process has ended, all of it."""
         with self._changed:
-            return "\n".join(self.stderr)
+            if self.process.poll() is not None:
+                self._changed.wait_for(lambda: self._ended == len(self._readers), 1)
+            return list(self.stderr)
+
+    def error_text(self) -> str:
+        return "\n".join(self.error_lines())
 
     def log_records(self) -> List[Dict[str, Any]]:
-        with self._changed:
-            return [json.loads(line) for line in self.stderr if line.startswith("{")]
+        return [json.loads(line) for line in self.error_lines() if line.startswith("{")]
 
     def wait_for_record(
         self, predicate: Callable[[Dict[str, Any]], bool] = bool, timeout: float = 10

@@ -382,9 +382,8 @@ def a_list(item: Read[T], wanted: str = "a list", least: int = 0) -> Read[Tuple[
     return lambda value, path: tuple(item(one, f"{path}[{at}]") for at, one in enumerate(whole(value, path)))
 
 
-def an_object(wanted: str = "an object") -> Read[Dict[str, Any]]:
-    """A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential."""
-    return expect(wanted, lambda value: isinstance(value, dict), hidden=str)
+# A string is not shown: in the place of {"secret": ...} or of headers it is probably a credential.
+an_object: Final[Read[Dict[str, Any]]] = expect("an object", lambda value: isinstance(value, dict), hidden=str)
 
 
 def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
@@ -396,7 +395,7 @@ def a_map(item: Read[T], wanted: str = "an object") -> Read[Mapping[str, T]]:
 
 def read_object(value: Any, path: str, reads: Mapping[str, Read[T]]) -> Dict[str, T]:
     """Return what stands in the object *value* under keys of *reads*, each as that reads it; there may be no other."""
-    for name in an_object()(value, path):
+    for name in an_object(value, path):
         if name not in reads:
             raise ConfigError(join_path(path, name), f"unknown key; allowed: {', '.join(sorted(reads))}")
     return {name: reads[name](item, join_path(path, name)) for name, item in value.items()}
@@ -416,10 +415,11 @@ a_worker_count: Final[Read[Union[int, str]]] = expect(
 # Credentials travel in header fields: visible ASCII; room 8 reads file:PATH.
 a_secret: Final = a_text(r"(?!file:)[!-~]+|file:[^\0]+", "a string of visible ASCII, or file:PATH", object)
 a_field_value: Final = a_text(r"[!-~]([ -~]*[!-~])?", "a string of printable ASCII without spaces around it", object)
+a_token: Final = a_text(TOKEN, "a header field name")
 
 
 def a_field_name(value: Any, path: str) -> str:
-    if a_text(TOKEN, "a header field name")(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
+    if a_token(value, path).lower() in HOP_BY_HOP | {"content-length", "expect"}:
         raise ConfigError(path, f"{value} belongs to the connection and cannot be set")
     return str(value)
 
@@ -5083,7 +5083,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def give_to_thread(self, turn: Any) -> None:
         try:
-            # Of clients that have left, some may still run: a name that is not resolved holds them for long.
+            # Of clients that have left, some may still run: a name that is not resolved, or an upstream that does not
+            # answer the connection, holds them for long.
             if threading.active_count() > self.state.config.limits.max_connections + SPARE_THREADS:
                 raise RuntimeError
             self.process_request(turn, turn[1].peer)
@@ -5492,7 +5493,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if not body:  # .../cancel
             return self.do_GET()
-        raw = decode_content(body, self.headers.get("Content-Encoding", ""), KIB * MIB, load_zstd)
+        raw = decode_content(body, self.headers.get("Content-Encoding", ""), 1024 * MIB, load_zstd)
         if raw is None:
             return self._send({"error": {"message": "unknown encoding", "type": "invalid_request_error"}}, 415)
         request, path = json.loads(raw), self.path.partition("?")[0]
@@ -6316,7 +6317,7 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
-        parse_json(text)
+        parse_json(text)  # for its errors: it knows the place of NaN and of a long number, too
         value = expand_variables(json.loads(text, object_pairs_hook=unique_members), os.environ)
     except FileNotFoundError:
         raise ConfigError("", "no such file; `python plexus_lite.py init > config.json` writes one") from None

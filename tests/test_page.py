@@ -525,7 +525,8 @@ class ProxyTest(PageTest):
         script = busy()
         self.assertEqual(set(), set(script) - set(data))
         self.assertEqual(set(), set(script["totals"]) - set(data["totals"]))
-        self.assertEqual([len(script["minutes"][0])], [len(one) for one in data["minutes"]])
+        # A test that runs over the end of a minute has two of them.
+        self.assertEqual({len(script["minutes"][0])}, {len(one) for one in data["minutes"]})
         for name in ("models", "targets", "sessions", "misses", "errors"):
             with self.subTest(name):
                 self.assertEqual(set(script[name][0]), set(data[name][0]))

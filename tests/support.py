@@ -29,6 +29,7 @@ import plexus_lite
 
 PROGRAM = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "plexus_lite.py")
 PAUSE_LIMIT_S = 30.0
+HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()  # false in free-threaded builds
 Headers = Union[Mapping[str, str], Sequence[Tuple[str, str]]]
 
 

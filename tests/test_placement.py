@@ -561,8 +561,10 @@ class RememberedTest(unittest.TestCase):
                 key = f"{(number * 7 + step) % 90}"
                 memory.put(key, "v" + key, step)
                 found = memory.get(key, step)
-                if found not in (None, "v" + key) or len(memory._entries) > 50:
-                    wrong.append((key, found))
+                with memory._lock:
+                    size = len(memory._entries)
+                if found not in (None, "v" + key) or size > 50:
+                    wrong.append((key, found, size))
                 if step % 5 == 0:
                     memory.forget(key)
 

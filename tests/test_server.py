@@ -18,6 +18,7 @@ import unittest
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from tests.support import (
+    HAS_GIL,
     PROGRAM,
     Answer,
     Cut,
@@ -227,6 +228,7 @@ class CommandLineTest(ServerTest):
 
 class MemoryTest(ServerTest):
     @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "another C library keeps what has become free")
+    @unittest.skipUnless(HAS_GIL, "without the GIL, memory that has become free is given back at some other time")
     def test_the_script_s_syntax_tree_does_not_stay(self):
         """A third of the memory; the interpreter keeps it until the script ends."""
         proxy = self.start()

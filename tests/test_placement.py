@@ -615,6 +615,7 @@ class FleetTest(unittest.TestCase):
         for one, wanted in ((self.a, [1, 1, 0]), (self.b, [1, 0, 0]), (self.a, [0, 0, 0])):
             self.fleet.closed(one)
             self.assertEqual(self.load(), wanted)
+        self.assertEqual(self.fleet._open, {}, 'behind "*" clients name the models, and a zero for each would stay')
 
     def test_two_objects_of_one_target_are_one(self):
         self.fleet.opened(target("a"))

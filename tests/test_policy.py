@@ -767,6 +767,9 @@ class Outbound(unittest.TestCase):
         wanted = {"x-session-affinity": ["theirs"], "x-sticky": ["S"], "session-id": ["S"], "session_id": ["S"]}
         self.assertEqual(found, wanted)
         self.assertEqual(only(outbound([], {}, settings), "x-session-affinity", "x-sticky"), {})
+        twice = {"affinity_headers": ["x-sticky", "X-Sticky"], "session_headers": ["session-id", "session-id"]}
+        leaves = outbound([], {"prompt_cache_key": "K"}, twice)
+        self.assertEqual(only(leaves, "x-sticky", "session-id"), {"x-sticky": ["K"], "session-id": ["K"]})
         leaves = outbound([], {"prompt_cache_key": "x" * 65}, settings)
         self.assertEqual(only(leaves, "x-sticky"), {"x-sticky": [sha256("x" * 65)]})
 

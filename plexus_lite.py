@@ -1400,7 +1400,8 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
         parse_json(raw.decode())  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
     except UnicodeDecodeError as error:
-        problem = f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
+        text, wrong = raw[: error.start].decode(), raw[error.start]
+        problem = str(json.JSONDecodeError(f"{wrong:#04x} is not UTF-8", text, len(text)))
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:
@@ -1492,8 +1493,10 @@ ROUTES: Final = {
     "/": {"GET": "page", "HEAD": "page"},
 }
 PREFIX: Final = re.compile(r"^(?:/v1|/backend-api)?(?:/codex)?(?=/)")
+# Of a response's id, which some gateways make of base64; it travels on, so no dots and slashes that lead elsewhere.
 WITH_ID: Final = re.compile(
-    r"/(responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$)[A-Za-z0-9_-]{1,200})(/[a-z_]+|)"
+    r"/(responses|models)/((?<=/models/).+|(?!(?:compact|input_tokens)$|\.\.?(?:/|$))"
+    r"(?:[A-Za-z0-9._~:=+-]|%(?:2[Bb]|3[AaDd])){1,1000})(/[a-z_]+|)"
 )
 # What any backend takes.  Of other values the SHA-256 leaves: the Codex backend refuses more than 64 characters,
 # stripping some would make distinct sessions collide, and CR or LF must never pass.
@@ -1580,6 +1583,7 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     if not found:
         raise unknown_key(problem)
     name, rest, key = found
+    fields += [other for other in CREDENTIALS if any(key.secret in value for value in headers.all(other))]
     label = rest.encode("latin-1").decode("utf-8", "replace")[:64] or None
     return Identity(name, label, frozenset(fields), key.models, key.admin)
 
@@ -1664,9 +1668,12 @@ def outbound_fields(
     *headers* are the client's end-to-end fields.  *request_id* is the fallback for x-client-request-id, *credential*
     what stands for us at the provider, *key_fields* are those in which keys of our own were found.
     """
+    wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
+    wanted.append(("x-client-request-id", request_id))
     static = {name.lower() for name, _ in provider.headers}
     dropped = REBUILT.union(
         static,
+        [name.lower() for name, value in wanted if value and not any(headers.all(name.lower()))],  # empty ones
         key_fields if provider.auth == "passthrough" else CREDENTIALS,
         [name for name in SESSION_SPELLINGS if name not in provider.session_headers],
         () if keep_turn_state else (TURN_STATE,),
@@ -1674,8 +1681,7 @@ def outbound_fields(
     )
     fields = headers.without(dropped)
     present = static.union(headers.values) - (dropped - static)
-    wanted = [(name, session.value) for name in provider.session_headers + provider.affinity_headers]
-    for name, value in (*wanted, ("x-client-request-id", request_id)):
+    for name, value in wanted:
         if value and name.lower() not in present:
             fields.append((name, value if ROUTING_VALUE.fullmatch(value) else text_digest(value)))
             present.add(name.lower())
@@ -1710,10 +1716,29 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
-    """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
+    """Return *text* with every occurrence of a credential we sent replaced by as many asterisks.
+
+    Also where JSON or a URL has other spellings of its characters; of letters and digits nobody uses them.
+    """
+
+    def spellings(found: "re.Match[bytes]") -> bytes:
+        code = ord(found[0])
+        return rb"(?:\\?%b|(?i:\\u00|%%)(?i:%02x))" % (re.escape(found[0]), code)
+
     for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        text = text.replace(secret, b"*" * len(secret))
+        pattern = re.sub(rb"[^0-9A-Za-z]", spellings, secret)
+        text = re.sub(pattern, lambda found: b"*" * len(found[0]), text)
     return text
+
+
+def mask_head(head: AnswerHead, secrets_sent: Sequence[bytes]) -> AnswerHead:
+    """Return *head* with its values masked, and not what the credential "error", say, has in common with a name."""
+
+    def masked(value: str) -> str:
+        return mask(value.encode("latin-1"), secrets_sent).decode("latin-1")
+
+    fields = [(name, masked(value)) for name, value in head.headers.fields]
+    return head._replace(reason=masked(head.reason), headers=Headers(fields))
 
 
 def render_fields(fields: Iterable[Field]) -> bytes:
@@ -1993,7 +2018,7 @@ RECORD_MEMBERS: Final = (
 )
 Record = Dict[str, Any]
 EMPTY_RECORD: Final[Record] = {**dict.fromkeys(RECORD_MEMBERS), "attempts": 0, "bytes_in": 0, "bytes_out": 0}
-RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,200})"')
+RESPONSE_ID: Final = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9._~:=+/-]{1,1000})"')
 RESPONSE_ID_BYTES: Final = 16 * KIB  # looked for in so much of an answer: it stands in the first event
 
 
@@ -3639,7 +3664,7 @@ class Exchange:
     is_renamed = False  # some of them under another model's name: it is copied for them
     plan = NO_PLAN
     affinity: Optional[Affinity] = None  # what it was placed by, if there was a choice
-    turn_owner: Optional[str] = None  # the place that minted the turn state
+    turn_owners: FrozenSet[Optional[str]] = frozenset()  # the places that minted its turn states, None where not known
     # What each turn changes.
     tried = 0  # how many targets of the plan
     left: Tuple[Target, ...] = ()  # those that a further one stood in for
@@ -4267,8 +4292,10 @@ class Answer:
                 if not b"HTTP/1.".startswith(self._start[:7]) or has_bare_line_end(self._start):
                     raise MalformedHTTP("this is not HTTP/1.1")
                 return
-            # An upstream that repeats our credential must not reveal it; nothing else in a head looks like one.
-            head, self._start = read_answer_head(mask(self._start[:end], self._secrets())), self._start[end:]
+            raw, self._start = self._start[:end], self._start[end:]
+            head, secrets_sent = read_answer_head(raw), self._secrets()
+            if any(secret in raw for secret in secrets_sent):  # an upstream that repeats it must not reveal it
+                head = mask_head(head, secrets_sent)
             self._interim_bytes += end
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
@@ -4296,9 +4323,9 @@ class Answer:
             fleet.failed(target, now, retry_after_of(head.headers, time.time()))
             return
         fleet.succeeded(target)
-        if head.status < 400 and len(exchange.targets) > 1:
-            if exchange.affinity:
-                fleet.served(exchange.affinity, exchange.plan, target, exchange.tried, now)
+        if head.status < 400 and exchange.affinity:
+            fleet.served(exchange.affinity, exchange.plan, target, exchange.tried, now)
+        if head.status < 400 and exchange.state.has_places:
             for state in head.headers.all(TURN_STATE):
                 fleet.owners.put(text_digest(state), target.place, now)
 
@@ -4307,8 +4334,9 @@ class Answer:
         connection, exchange, done = self.connection, self.exchange, self._body.done
         if self._held is not None:
             self._held += payload
-            if done or len(self._held) > HELD_ANSWER_BYTES:
-                self._judge_error()
+            is_long = len(self._held) > HELD_ANSWER_BYTES
+            if done or is_long:
+                self._judge_error(is_long)
             return
         connection.send_payload(payload, done)
         if self._tail:
@@ -4327,9 +4355,12 @@ class Answer:
         elif self._is_direct or len(connection.unsent) > HIGH_WATER_BYTES:
             self._watch()
 
-    def _judge_error(self) -> None:
-        """An error answer is complete, or cannot be held back any longer: hand it on, unless another target may do
-        better.  One that is not complete is handed on as far as it is here, and then relayed."""
+    def _judge_error(self, is_cut: bool = False) -> None:
+        """An error answer is complete, or slow: hand it on, unless another target may do better.
+
+        With *is_cut* no more is waited for, and one that is not complete is handed on as far as it is here, and then
+        relayed, which masks nothing any more.
+        """
         exchange, status, is_whole = self.exchange, self.head.status, self._body.done
         passes_on = {404} if exchange.route.action == "stored" else RETRY_STATUSES  # with which another is asked
         if is_whole:
@@ -4339,7 +4370,7 @@ class Answer:
             self._next_turn()
         elif status in passes_on and (is_whole or exchange.tried < len(exchange.plan.targets)):
             self._next_turn()  # of a whole one from the last target, too: give_up() may wait for a 429 to pass
-        else:
+        elif is_whole or is_cut:
             self.hand_on()
 
     def _ended(self) -> None:
@@ -4460,7 +4491,7 @@ class Answer:
         if self.exchange.json:  # the upstream thinks, so there is time for this
             self.exchange.digest(self._fleet)
         if self._held is not None and (is_idle or now > self._deadline):
-            self._judge_error()
+            self._judge_error(is_idle)
         elif now > self._deadline:
             if self.upstream and self.upstream.connecting:  # what its name means by now may answer
                 self.exchange.state.transport.forget_address(self.upstream)
@@ -4553,7 +4584,9 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
         is_known = model in model_list(state.config)
-        raise no_such_model(exchange, model or "", f"is not served at {route.name}" if is_known else "")
+        raise no_such_model(
+            exchange, model or "", f"is not served at {route.name}" if is_known else "does not exist here"
+        )
     if body and any(target.model != model for target in targets):
         exchange.is_renamed = True
         exchange.hold(len(body.raw))
@@ -4589,9 +4622,8 @@ def choose(exchange: Exchange, fleet: Fleet, now: float) -> Plan:
     issued = body and body.text("previous_response_id")
     if issued:
         owner = fleet.owners.get(text_digest(issued), now)
-    for state in exchange.headers.all(TURN_STATE):
-        exchange.turn_owner = fleet.owners.get(text_digest(state), now)
-    by = exchange.affinity = affinity_of(exchange.session.value, body, exchange.model, owner or exchange.turn_owner)
+    owner = owner or next(filter(None, exchange.turn_owners), None)
+    by = exchange.affinity = affinity_of(exchange.session.value, body, exchange.model, owner)
     plan = fleet.plan(exchange.targets, by, now, exchange.state.config.limits.pin_idle_s)
     if exchange.session.value is None and plan.reason == "rendezvous":
         plan = plan._replace(reason="fingerprint")
@@ -4603,7 +4635,7 @@ def place_stored(exchange: Exchange, fleet: Fleet, now: float) -> None:
     places = places_of(exchange.state.config, exchange.identity.models)
     if not places:
         raise ProxyError("not_found", "no upstream that this key may use keeps responses")
-    owner = fleet.owners.get(text_digest(exchange.route.id), now)
+    owner = fleet.owners.get(text_digest(urllib.parse.unquote(exchange.route.id)), now)
     owners = tuple(target for target in places if target.place == owner)
     exchange.targets = owners or places
     exchange.session = session_of(exchange.headers, None)
@@ -4633,7 +4665,7 @@ def check_model(exchange: Exchange, body: JsonBody) -> None:
         raise ProxyError("invalid_request", f'"model" must be a string; it is {found}', param="model")
     if allowed is not None and model not in allowed:
         if not is_served(exchange.state.config, model):
-            raise no_such_model(exchange, model)
+            raise no_such_model(exchange, model, "does not exist here")
         message = f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}"
         raise ProxyError("model_not_allowed", message, param="model")
 
@@ -4644,9 +4676,11 @@ def usable_models(exchange: Exchange) -> List[str]:
     return model_list(exchange.state.config) if allowed is None else list(allowed)
 
 
-def no_such_model(exchange: Exchange, name: str, why: str = "") -> ProxyError:
-    why = why or f"does not exist here; there are: {', '.join(usable_models(exchange)) or 'none'}"
-    return ProxyError("model_not_found", f"the model {describe(name)} {why}", param="model")
+def no_such_model(exchange: Exchange, name: str, why: str) -> ProxyError:
+    state, api = exchange.state, exchange.route.api
+    there = [one for one in usable_models(exchange) if exchange.route.action == "models" or state.targets(one, api)]
+    message = f"the model {describe(name)} {why}; there are: {', '.join(there) or 'none'}"
+    return ProxyError("model_not_found", message, param="model")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4707,7 +4741,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif wanted in entries:
             self.answer(entries[wanted])
         else:
-            raise no_such_model(self.exchange, wanted)
+            raise no_such_model(self.exchange, wanted, "does not exist here")
 
     # -- the main job ----------------------------------------------------
 
@@ -4719,8 +4753,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with self.server.parsers if may_wait else AT_ONCE:  # few at a time read a large or encoded body
                 if exchange.is_gone:
                     raise ClientGone
+                now, states = time.monotonic(), exchange.headers.all(TURN_STATE)
+                exchange.turn_owners = frozenset(self.fleet.owners.get(text_digest(state), now) for state in states)
                 plan = place_stored if exchange.route.action == "stored" else place
-                plan(exchange, self.fleet, time.monotonic())
+                plan(exchange, self.fleet, now)
         while not exchange.is_gone:
             target = self.next_target()
             if target is None:
@@ -4775,9 +4811,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if credential is None:
             return None
         exchange.credential = credential
-        if exchange.turn_owner is not None:
-            keep_turn_state = exchange.turn_owner == target.place
-        else:  # of unknown origin: it can only be from here if there is nowhere else
+        keep_turn_state = exchange.turn_owners == {target.place}
+        if exchange.turn_owners == {None}:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({one.provider.account_name() for one in exchange.targets}) == 1
         parsed = exchange.json  # once: the loop forgets it if the client leaves meanwhile
         is_edited = parsed is not None and exchange.model != target.model
@@ -4791,7 +4826,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             keep_encoding=not is_edited,
             key_fields=exchange.identity.fields,
         )
-        body = exchange.body if head.method == "POST" else None
+        body = exchange.body or (b"" if head.method == "POST" else None)
         if parsed and is_edited:
             body = replace_model(parsed, target.model)
         return OutboundRequest(

@@ -385,8 +385,10 @@ class MainJobTest(HandlerTest):
 
     def test_access_via_keeps_a_model_off_a_route(self):
         message = self.assert_error(self.post({"model": "gpt-chat"}), 404, "model_not_found")
-        self.assertIn("/responses", message)
-        self.assert_error(self.post({"model": "gpt-new"}, path="/v1/chat/completions"), 404, "model_not_found")
+        self.assertIn("is not served at /responses; there are: coder, gpt-test, gpt-new, other-model", message)
+        got = self.post({"model": "gpt-new"}, path="/v1/chat/completions")
+        message = self.assert_error(got, 404, "model_not_found")
+        self.assertIn("is not served at /chat/completions; there are: gpt-test, gpt-chat", message)
         self.assertEqual(self.sent({"model": "gpt-chat"}, path="/v1/chat/completions").target, "/v1/chat/completions")
 
 
@@ -899,10 +901,8 @@ class ForbiddenOriginTest(HandlerTest):
             self.assertEqual(post(proxy.port, "/v1/responses", {"model": "gpt-test"}, fields).status, 200)
 
 
-class StoredResponsesTest(HandlerTest):
-    """GET and DELETE of a response, cancel, input_items: to the upstream that issued the id."""
-
-    ROWS = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
+class SeveralIssuersTest(HandlerTest):
+    """The model "shared" is at both upstreams."""
 
     @classmethod
     def configuration(cls) -> Dict[str, Any]:
@@ -911,6 +911,61 @@ class StoredResponsesTest(HandlerTest):
         config["providers"]["up"]["models"]["shared"] = {}
         config["keys"]["up-only"] = {"secret": "sk-up-only", "models": ["gpt-test"]}
         return config
+
+
+class TurnStateTest(SeveralIssuersTest):
+    """x-codex-turn-state goes to the upstream that minted it and to no other."""
+
+    NAME = "x-codex-turn-state"
+
+    def mint(self, model: str, state: str) -> None:
+        for upstream in (self.up, self.other):
+            upstream.script(answer(200, {self.NAME: state}, {}))
+        self.assertEqual(self.post({"model": model}).status, 200)
+        empty(self.up, self.other)
+
+    def arrived(self, *states: str, model: str = "", path: str = "/v1/responses") -> Tuple[FakeUpstream, List[str]]:
+        """Return the upstream that a request with *states* leads to, and those that it got."""
+        empty(self.up, self.other)
+        fields = [(self.NAME, state) for state in states]
+        if model:
+            got = self.post({"model": model, "input": "x"}, fields, path)
+        else:
+            got = exchange(self.proxy.port, build_request("GET", path, None, fields, "sk-client"))
+        self.assertEqual(got.status, 200)
+        asked = self.up if self.up.requests else self.other
+        self.assertEqual(len(self.up.requests + self.other.requests), 1)
+        return asked, asked.requests[0].all(self.NAME)
+
+    def test_it_leads_to_its_minter_also_if_that_was_the_only_target(self):
+        self.mint("other-model", "ts-other")
+        self.mint("gpt-test", "ts-up")
+        for state, minter in (("ts-other", self.other), ("ts-up", self.up)):
+            self.assertEqual(self.arrived(state, model="shared"), (minter, [state]))
+
+    def test_it_does_not_go_where_the_request_must_go_otherwise(self):
+        self.mint("other-model", "ts-far")
+        for model in ("gpt-test", "direct/up/shared"):
+            self.assertEqual(self.arrived("ts-far", model=model), (self.up, []))
+        self.up.script(answer(200, (), {"id": "resp_here"}))
+        self.assertEqual(self.post({"model": "gpt-test"}).status, 200)
+        self.assertEqual(self.arrived("ts-far", path="/v1/responses/resp_here"), (self.up, []))
+        self.assertEqual(self.arrived("ts-far", path="/v1/responses/resp_here?x=1"), (self.up, []))
+
+    def test_of_two_minters_none_gets_the_other_s(self):
+        self.mint("other-model", "ts-1")
+        self.mint("gpt-test", "ts-2")
+        self.assertEqual(self.arrived("ts-1", "ts-2", model="shared")[1], [])
+
+    def test_of_unknown_origin_it_passes_if_only_one_account_can_have_minted_it(self):
+        self.assertEqual(self.arrived("ts-old", model="gpt-test"), (self.up, ["ts-old"]))
+        self.assertEqual(self.arrived("ts-old", model="shared")[1], [])
+
+
+class StoredResponsesTest(SeveralIssuersTest):
+    """GET and DELETE of a response, cancel, input_items: to the upstream that issued the id."""
+
+    ROWS = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
 
     def ask(self, method: str, path: str, key: str = "sk-client") -> Answer:
         return exchange(self.proxy.port, build_request(method, path, None, (), key))
@@ -929,7 +984,9 @@ class StoredResponsesTest(HandlerTest):
     def test_owner_gets_what_concerns_its_responses(self):
         issuers = set()
         for number in range(12):
-            response_id = f"resp_own{number}"
+            response_id = (
+                f"resp_own{number}" if number % 3 else f"resp_{'bGl0' * 100}{number}=="
+            )  # as LiteLLM makes them
             session = {"model": "shared", "prompt_cache_key": f"session {number}"}
             issuer = self.create(session, response_id, streamed=number % 2 == 1)
             issuers.add(issuer)
@@ -993,7 +1050,8 @@ class StoredResponsesTest(HandlerTest):
         self.assert_error(self.ask("GET", "/v1/responses/resp_x", "sk-wrong"), 401, "invalid_api_key")
 
     def test_id_that_is_none_is_a_404(self):
-        for path in ("/v1/responses/", "/v1/responses/a/b", "/v1/responses/..%2fmodels", "/v1/responses/a%0d%0ab"):
+        for rest in ("", "a/b", "..%2fmodels", "a%0d%0ab", "..", ".", "../cancel", "%2e%2e", "a%5c", "%2E%2E/cancel"):
+            path = "/v1/responses/" + rest
             with self.subTest(path):
                 self.assert_error(self.ask("GET", path), 404, "not_found")
         self.assertEqual(self.up.requests + self.other.requests, [])
@@ -1002,7 +1060,15 @@ class StoredResponsesTest(HandlerTest):
         self.assertEqual(self.ask("GET", "/v1/responses/resp_y").status, 200)
         got = self.up.wait_for_requests(1)[0]
         self.assertEqual(got.all("Authorization"), ["Bearer sk-upstream"])
-        self.assertEqual(got.body, b"")
+        self.assertEqual((got.body, got.all("Content-Length")), (b"", []))
+
+    def test_what_a_request_has_of_a_body_goes_with_it(self):
+        for method, rest in self.ROWS:
+            with self.subTest(method=method, rest=rest):
+                empty(self.up, self.other)
+                request = build_request(method, "/v1/responses/resp_z" + rest, b'{"a": 1}', (), "sk-client")
+                self.assertEqual(exchange(self.proxy.port, request).status, 200)
+                self.assertEqual(self.up.wait_for_requests(1)[0].body, b'{"a": 1}')
 
 
 if __name__ == "__main__":

@@ -604,6 +604,7 @@ class MetricsTest(unittest.TestCase):
         self.assertEqual(kinds, {"input": 200, "cached": 90, "cache_write": 100, "output": 10})
         self.assertEqual(total(series, "plexus_cache_misses_total", reason="first_request", model="m"), 1)
         self.assertEqual(total(series, "plexus_received_bytes_total"), 40)
+        self.assertEqual(total(series, "plexus_sent_bytes_total"), 80)
         self.assertEqual(total(series, "plexus_ttfb_seconds_count"), 3)
         self.assertAlmostEqual(total(series, "plexus_request_duration_seconds_sum"), 0.21)
         self.assertEqual(total(series, "plexus_ttfb_seconds_bucket", le="0.05"), 3)  # its bound belongs to a bucket
@@ -652,6 +653,10 @@ class MetricsTest(unittest.TestCase):
         for number, record in enumerate(records):
             one.add(record, 6000.0 + 20 * number)
             rng.choice(parts).add(record, 6000.0 + 20 * number)
+        self.assertEqual(sum(entry["requests"] for entry in one.sessions.values()), len(records))
+        place, one.open = ("a", "http://u/v1"), {("a", "http://u/v1"): (6, 9.0)}
+        for part, count, rest_s in zip(parts, (3, 2, 1), (0.0, 9.0, 4.0)):
+            part.open = {place: (count, rest_s)}
         merged = plexus_lite.merge_tallies(parts)
         self.assertEqual(self.render(merged), self.render(one))
         everybody, config = plexus_lite.Identity(), plexus_lite.parse_config(make_config("http://u/v1"))

@@ -19,6 +19,8 @@ ROWS: Sequence[Tuple[str, Mapping[str, str], str, str, str]] = (
     ("/responses/compact", {"POST": "forward"}, "/responses/compact", "responses", ""),
     ("/responses/input_tokens", {"POST": "forward"}, "/responses/input_tokens", "responses", ""),
     ("/responses/resp_0-Z", {"GET": "stored", "DELETE": "stored"}, "/responses/{id}", "responses", "resp_0-Z"),
+    ("/responses/resp_bGl0=", {"GET": "stored", "DELETE": "stored"}, "/responses/{id}", "responses", "resp_bGl0="),
+    ("/responses/a.b%3D", {"GET": "stored", "DELETE": "stored"}, "/responses/{id}", "responses", "a.b%3D"),
     ("/responses/resp_1/cancel", {"POST": "stored"}, "/responses/{id}/cancel", "responses", "resp_1"),
     ("/responses/resp_1/input_items", {"GET": "stored"}, "/responses/{id}/input_items", "responses", "resp_1"),
     ("/chat/completions", {"POST": "forward"}, "/chat/completions", "chat", ""),
@@ -443,10 +445,11 @@ class Routes(Refusals):
         paths = ["/v1", "/v1//", "/v1/v1/responses", "/codex/v1/responses", "/codex/codex/responses", "/v2/responses"]
         paths += ["/backend-api/v1/responses", "/v1/backend-api/responses", "/V1/responses", "/v1/Responses"]
         paths += ["/v1responses", "/v1/responsesx", "/v1/responses/", "//responses", "/v1//responses"]
-        paths += ["/responses/a/b", "/responses//cancel", "/responses/..", "/responses/../models", "/responses/a.b"]
+        paths += ["/responses/a/b", "/responses//cancel", "/responses/..", "/responses/../models", "/responses/."]
         paths += ["/responses/%72", "/responses/a/cancel/", "/responses/compact/x", "/chat", "/chat/completions/x"]
         paths += ["/embeddings", "/completions", "/modelsx", "/models/", "/healthz", "/health/", "/api/show"]
-        paths += ["/responses/" + "x" * 1000, "/" + "x" * 5000, "/responses/{id}", "/v1/responses/{id}/cancel", "/{"]
+        paths += ["/responses/%2e%2e", "/responses/a%2Fb", "/responses/../cancel", "/responses/a%5c", "/responses/a;b"]
+        paths += ["/responses/" + "x" * 1001, "/" + "x" * 5000, "/responses/{id}", "/v1/responses/{id}/cancel", "/{"]
         for path in paths:
             for method in ("GET", "POST"):
                 with self.subTest(method + " " + path[:80]):
@@ -773,6 +776,16 @@ class Outbound(unittest.TestCase):
         leaves = outbound([], {"prompt_cache_key": "x" * 65}, settings)
         self.assertEqual(only(leaves, "x-sticky"), {"x-sticky": [sha256("x" * 65)]})
 
+    def test_an_empty_field_gives_way_to_the_value(self):
+        """It says no more than none, and each request without the value is a miss."""
+        inbound = [("session-id", ""), ("Session_Id", ""), ("x-session-id", "S"), ("X-Client-Request-Id", "")]
+        leaves = outbound([*inbound, ("x-sticky", "")], {"prompt_cache_key": "K"}, {"affinity_headers": ["x-sticky"]})
+        found = only(leaves, "session_id", "session-id", "x-client-request-id", "x-sticky")
+        self.assertEqual(
+            found, {"session_id": ["S"], "session-id": ["S"], "x-client-request-id": ["K"], "x-sticky": ["S"]}
+        )
+        self.assertEqual(only(outbound([("session-id", "")], {}, {}), "session-id"), {"session-id": [""]})
+
     def test_static_headers_win_over_all_and_are_never_duplicated(self):
         static = {"SESSION-ID": "fixed", "User-Agent": "gate", "authorization": "Basic eDp5", "accept-Encoding": "gzip"}
         static["X-Client-Request-ID"] = "r"
@@ -809,6 +822,7 @@ class Outbound(unittest.TestCase):
                 [("Authorization", "Bearer theirs")],
             ),
             ("ours in both", [("Authorization", "Bearer sk-team"), ("x-api-key", "sk-team")], []),
+            ("ours in a field of another API, too", [("x-api-key", "sk-team"), ("API-Key", "sk-team")], []),
             ("ours in both, one with a label", [("x-api-key", "sk-team:x"), ("Authorization", "sk-team")], []),
         )
         for name, inbound, kept in rows:
@@ -1069,10 +1083,22 @@ class Mask(unittest.TestCase):
             ("characters of patterns", b"a.b axb", [b"a.b"], b"*** axb"),
             ("one within the other", b"sk-12345", [b"sk-1", b"sk-12345"], b"********"),
             ("bytes that are no text", b"\xff\x00sk-1\xfe", [b"sk-1"], b"\xff\x00****\xfe"),
+            ("as PHP escapes", rb'{"e":"a+b\/c"}', [b"a+b/c"], b'{"e":"******"}'),
+            ("as .NET escapes", rb'{"e":"a\u002Bb\u002bc"}', [b"a+b+c"], b'{"e":"%b"}' % (b"*" * 15)),
+            ("a quote and a backslash", rb'{"e":"a\"b\\c"}', [rb'a"b\c'], b'{"e":"*******"}'),
+            ("in a URL", b"?key=sk%2D1%2f", [b"sk-1/"], b"?key=" + b"*" * 9),
+            ("a line's end before it", rb'{"e":"\none"}', [b"none"], rb'{"e":"\none"}'.replace(b"none", b"****")),
         )
         for name, text, secrets_sent, wanted in rows:
             with self.subTest(name):
                 self.assertEqual(plexus_lite.mask(text, secrets_sent), wanted)
+
+    def test_of_a_head_values_are_masked_and_names_are_not(self):
+        """Local servers take any key, and people write a word there."""
+        head = plexus_lite.AnswerHead(401, "no codex", 1, plexus_lite.Headers([("x-codex-turn-state", "codex 1")]))
+        masked = plexus_lite.mask_head(head, [b"codex"])
+        self.assertEqual((masked.status, masked.reason), (401, "no *****"))
+        self.assertEqual(masked.headers.fields, (("x-codex-turn-state", "***** 1"),))
 
 
 class OwnErrors(unittest.TestCase):

@@ -406,7 +406,7 @@ class ResponseIdTest(unittest.TestCase):
             ("no response", b'{"id":"chatcmpl-1"}', None),
             ("not closed", b'{"id":"resp_1', None),
             ("other characters", b'{"id":"resp_1\\u0000"}', None),
-            ("much too long", b'{"id":"resp_%s"}' % (b"x" * 300), None),
+            ("base64", b'{"id":"resp_bGl0ZQ/+=="}', "resp_bGl0ZQ/+=="),
             ("nothing", b"", None),
         )
         for name, body, wanted in rows:
@@ -415,6 +415,10 @@ class ResponseIdTest(unittest.TestCase):
             for pieces in splits:
                 with self.subTest(name, pieces=len(pieces)):
                     self.assertIssued(pieces, wanted)
+
+    def test_one_that_is_much_too_long_is_none(self):
+        self.assertIssued([b'{"id":"resp_%s"}' % (b"x" * 1000)], "resp_" + "x" * 1000)
+        self.assertIssued([b'{"id":"resp_%s"}' % (b"x" * 1001)], None)
 
     def test_it_is_looked_for_in_the_first_16_kib_whatever_the_reads(self):
         member = b'"id":"resp_1"'
@@ -594,6 +598,28 @@ class LongErrorTest(unittest.TestCase):
             bench.bench_loop.wake(upstream, plexus_lite.READ)
         self.assertIsNone(answer.upstream)
         self.assertEqual((bench.fleet.resting(0.0), bench.fleet.cooldowns()), ({}, {}))
+
+
+class SlowErrorTest(unittest.TestCase):
+    def test_it_is_held_back_until_it_is_whole_since_what_is_relayed_is_not_masked(self):
+        upstream = BenchSocket([b"HTTP/1.1 401 X\r\nContent-Length: 6\r\n\r\n{", b'"a":', b"1"])
+        bench, answer = begin_relay(upstream)
+        for _ in range(2):
+            bench.bench_loop.wake(upstream, plexus_lite.READ)
+            bench.loop.now += 200  # an error has 10 s before another target is asked; idle_timeout_s is 300
+            bench.client.tick(bench.loop.now)
+            self.assertEqual(bench.sock.sent, b"")
+        bench.bench_loop.wake(upstream, plexus_lite.READ)
+        self.assertIn(b'\r\n\r\n{"a":1', bench.sock.sent)
+        self.assertIsNone(answer.upstream)
+
+    def test_what_is_there_when_the_upstream_falls_silent_is_handed_on(self):
+        upstream = BenchSocket([b"HTTP/1.1 401 X\r\nContent-Length: 7\r\n\r\n{"])
+        bench, _answer = begin_relay(upstream)
+        bench.bench_loop.wake(upstream, plexus_lite.READ)
+        bench.loop.now += 301
+        bench.client.tick(bench.loop.now)
+        self.assertTrue(bench.sock.sent.endswith(b"\r\n\r\n{"))
 
 
 class GivesWayTest(unittest.TestCase):

@@ -2532,6 +2532,7 @@ FILE_CHECK_S: Final = 1.0  # how often a file in use is looked at
 SECRET_FILE_BYTES: Final = 64 * KIB  # a larger one is something else; a Codex sign-in takes 5 KiB
 RENEW_EARLY_S: Final = 300.0  # before the access token expires; the Codex CLI has the same
 RENEW_PAUSE_S: Final = 30.0  # after an attempt: who keeps refusing is not asked again for every request
+CLOSE_S: Final = 5.0  # that the end of the program waits for a renewal under way
 LOCK_WAIT_S: Final = 60.0  # for another process or thread, which may have to connect and wait for its answer
 Warn = Callable[[str], None]
 Fields = Sequence[Field]
@@ -2665,8 +2666,11 @@ def lock_file(path: str) -> Iterator[None]:
         yield
 
 
-def replace_file(path: str, content: bytes) -> None:
-    """Put *content* in the place of the file *path* in one step, for its owner alone; OSError: it is as it was."""
+def replace_file(path: str, content: bytes, before: Optional[bytes]) -> None:
+    """Put *content* in the place of the file *path* in one step, for its owner alone.
+
+    OSError, or ValueError where its content is no longer what it was *before*: it is as it was.
+    """
     new = path + ".new"
     try:
         with open(new, "wb", opener=open_private) as file:
@@ -2677,6 +2681,9 @@ def replace_file(path: str, content: bytes) -> None:
             owner = os.stat(path)
             with contextlib.suppress(OSError):  # only root can, and only root has to
                 os.chown(new, owner.st_uid, owner.st_gid)
+        with open(path, "rb") as file:
+            if file.read() != before:
+                raise ValueError(f"{path} has changed meanwhile")
         os.replace(new, path)
     finally:
         with contextlib.suppress(OSError):  # it is only there if something went wrong
@@ -2718,6 +2725,9 @@ class SignIn(WatchedFile):
             self._warn(f"{self._where}: the access token has expired; run {remedy}")
         return self.value.fields  # type: ignore[no-any-return]
 
+    def close(self, seconds: float) -> None:
+        self._turn.acquire(timeout=max(seconds, 0))  # for good
+
     def _renew(self, stale: Tokens, is_due: bool) -> None:
         """Replace *stale* by what the file has meanwhile, else by what the issuer gives; on failure it stays."""
         if time.monotonic() < self._pause_until:  # another thread has just tried
@@ -2728,18 +2738,24 @@ class SignIn(WatchedFile):
                 self.look()
                 if self.problem:  # gone, say, after `codex logout`
                     raise ValueError(self.problem)
-                if is_due and self.value.fields == stale.fields:
+                spent = self.value
+                if is_due and spent.fields == stale.fields:
                     # First: where nothing can be written, another process would spend the same token once more.
-                    replace_file(path, self.value.content)
-                    self.value = self._spend(self.value)
+                    replace_file(path, spent.content, self._content)
+                    self._pause_until = time.monotonic() + RENEW_PAUSE_S
+                    new = self._spend(spent)
+                    self.look()  # `codex login` knows no lock
+                    with self._lock:
+                        if self.value is spent:
+                            self.value = new
                 if self.value.content != self._content:
-                    replace_file(path, self.value.content)
+                    replace_file(path, self.value.content, self._content)
                     self.look()
         except (OSError, ValueError, RecursionError, ProxyError) as error:
             is_new = self.value.content != self._content
             what = "the new tokens are not in the file yet" if is_new else "the tokens were not renewed"
             self._warn(f"{self._where}: {what}: {error}")
-        self._pause_until = time.monotonic() + RENEW_PAUSE_S
+            self._pause_until = time.monotonic() + RENEW_PAUSE_S
 
     def _spend(self, tokens: Tokens) -> Tokens:
         """Return what the issuer gives for the refresh token of *tokens*, which it takes once."""
@@ -2814,6 +2830,13 @@ class Credentials:
             except ConfigError as error:
                 self._warnings.append(f"{error}; all keys stay as they were")
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
+
+    def close(self, seconds: float) -> None:
+        """Let who renews tokens write them down: those before them are spent.  No other renewal begins."""
+        deadline = time.monotonic() + seconds
+        for source in self._sources.values():
+            if isinstance(source, SignIn):
+                source.close(deadline - time.monotonic())
 
     def fields(self, provider: Provider, refused: Fields = (), may_wait: bool = True) -> Optional[Fields]:
         """Return what stands for us at *provider*; *refused* came back with a 401.
@@ -3719,11 +3742,11 @@ class Exchange:
 
     def complete_record(self) -> None:
         """Record what is known of it at its end; what happened on the way has been recorded then."""
-        record, target = self.record, self.target
+        record, target, session = self.record, self.target, self.session  # a handler may still be at it
         record["key"], record["label"] = self.identity.name, self.identity.label
         record["method"], record["route"] = self.head.method[:32] or None, self.route.name or None
         record["model"], record["placement"] = self.model and self.model[:MAX_NAME_CHARS], self.plan.reason or None
-        record["session"], record["session_source"] = self.session.digest, self.session.source
+        record["session"], record["session_source"] = session.digest, session.source
         record["bytes_in"], record["bytes_out"] = self.size, self.bytes_out
         record["duration_ms"] = round((time.monotonic() - self.started) * 1000, 3)
         if target:
@@ -4760,6 +4783,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while not exchange.is_gone:
             target = self.next_target()
             if target is None:
+                if may_wait:
+                    exchange.digest(self.fleet)
                 self.give_up()
                 return
             upstream = None
@@ -5094,6 +5119,7 @@ class Server(http.server.ThreadingHTTPServer):
             for client in list(self.clients):
                 client.cut()
             self._make_waiting_calls()
+            self.state.credentials.close(CLOSE_S)
             self._pass_on_warnings()  # the last may be of tokens that end with this process
             self.server_close()
             self.state.transport.close()
@@ -5155,7 +5181,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.loop.guard(function, argument)
 
     def _observe(self, exchange: Exchange) -> None:
-        exchange.digest(self.fleet)
+        if not exchange.is_gone:  # else a thread may be at it, or has done it
+            exchange.digest(self.fleet)
         if exchange.usage:
             self._explain(exchange, exchange.usage)
         self.log.record(exchange.record)

@@ -569,6 +569,69 @@ class Renewal(SignInTest):
             self.assertEqual(self.sent(credentials), new)
         self.assertEqual((self.issuer.spent, credentials.look_again()), ([], []))
 
+    def test_who_signs_in_while_the_issuer_is_asked_stays_signed_in(self):
+        """`codex login` knows no lock: the account that it wrote was replaced by the renewed old one."""
+        path = self.sign_in(access(-1))
+        credentials, new = self.make(), access(3600)
+
+        def reply(request: Recorded) -> Reply:
+            steps = self.issuer.reply(request)
+            self.sign_in(new)
+            return steps
+
+        with unittest.mock.patch.object(self.issuer, "default", reply):
+            self.assertEqual(self.sent(credentials), new)
+        self.assertEqual(read_json(path)["tokens"]["access_token"], new)
+        self.assertEqual((len(self.issuer.spent), credentials.look_again()), (1, []))
+
+    def test_what_the_cli_writes_in_the_moment_of_our_trial_stays(self):
+        """It was overwritten with what the CLI had just spent."""
+        self.patch("RENEW_PAUSE_S", 0)
+        path, real = self.sign_in(access(-1)), os.fsync
+        credentials, new = self.make(), access(3600)
+
+        def fsync(fd: int) -> None:
+            real(fd)
+            self.sign_in(new)
+
+        with unittest.mock.patch("os.fsync", fsync):
+            self.sent(credentials)
+        self.assertEqual(read_json(path)["tokens"]["access_token"], new)
+        self.assertEqual(self.issuer.spent, [])
+        self.assertIn("auth.json has changed meanwhile", credentials.look_again()[0])
+        credentials._sources["up"].look()  # type: ignore[union-attr]  # it is looked at once a second
+        self.assertEqual(self.sent(credentials), new)
+
+    def test_tokens_that_the_file_had_already_begin_no_pause(self):
+        self.patch("FILE_CHECK_S", 60)
+        self.sign_in(access(-1))
+        credentials = self.make()
+        self.sign_in(access(3600))
+        fields = credentials.fields(self.config.providers["up"])
+        self.assertEqual(self.issuer.spent, [])
+        self.assertNotEqual(token_of(fields), self.sent(credentials, refused=fields or ()))
+        self.assertEqual(len(self.issuer.spent), 1)
+
+    def test_the_end_of_the_program_waits_for_the_answer_of_the_issuer(self):
+        """Its refresh token is spent, and the next one would be nowhere."""
+        path = self.sign_in(access(-1))
+        credentials, go = self.make(), threading.Event()
+        self.addCleanup(go.set)
+
+        def reply(request: Recorded) -> Reply:
+            return [Pause(go), *self.issuer.reply(request)]
+
+        with unittest.mock.patch.object(self.issuer, "default", reply):
+            thread = threading.Thread(target=self.sent, args=(credentials,))
+            thread.start()
+            self.issuer.wait_for_requests(1)
+            credentials.close(0.01)  # no longer than it may
+            self.assertEqual(read_json(path)["tokens"]["refresh_token"], self.refresh)
+            threading.Timer(0.1, go.set).start()
+            credentials.close(10)
+            self.assertNotIn(read_json(path)["tokens"]["refresh_token"], self.issuer.spent)
+            thread.join(10)
+
     def test_a_full_disk_leaves_the_file_and_spends_no_token(self):
         """Two processes would spend it twice, and an issuer may revoke all for that."""
         old = access(-1)
@@ -763,6 +826,27 @@ class Processes(SignInTest):
         self.assertEqual((len(lines), len(set(lines)), done.stderr), (10, 1, ""))
         self.assertEqual(self.issuer.spent, [self.refresh])
         self.assertEqual(lines[0], "Bearer " + read_json(self.path("auth.json"))["tokens"]["access_token"])
+
+    def test_a_proxy_that_is_stopped_writes_down_what_the_issuer_answers(self):
+        """Also where the client has left, and nothing else keeps it from ending."""
+        path = self.sign_in(access(-1))
+        go = threading.Event()
+        self.addCleanup(go.set)
+
+        def reply(request: Recorded) -> Reply:
+            return [Pause(go), *self.issuer.reply(request)] if request.target == "/oauth/token" else answer(200, (), {})
+
+        with unittest.mock.patch.object(self.issuer, "default", reply):
+            with Proxy({"providers": {"up": self.settings(oauth_refresh=True, auth_file=path)}}) as proxy:
+                client = RawClient(proxy.port)
+                client.send(build_request("POST", "/v1/responses", {"model": "m", "input": "x"}))
+                self.issuer.wait_for_requests(1)
+                client.close()
+                proxy.wait_for_record(lambda record: record.get("status") == 499)
+                proxy.process.send_signal(signal.SIGTERM)
+                threading.Timer(0.2, go.set).start()
+                self.assertEqual(proxy.process.wait(10), 0)
+        self.assertNotIn(read_json(path)["tokens"]["refresh_token"], [self.refresh, *self.issuer.spent])
 
     def test_a_crash_between_answer_and_write_leaves_the_file_whole_and_the_lock_free(self):
         for name, crash in (

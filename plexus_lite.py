@@ -179,7 +179,7 @@ QUIET_S: Final = 0.002  # requests that ended are looked at after this long with
 MAX_WAITING: Final = 8  # or when so many calls wait, two a request: all at once must not keep other clients waiting
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
-HELD_ANSWER_S: Final = 10.0  # an error answer's body may take this long before the next target is asked
+HELD_ANSWER_S: Final = 2.0  # an error answer's body may take this long before the next target is asked
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
@@ -736,11 +736,13 @@ def expand_variables(value: Any, variables: Mapping[str, str], path: str = "") -
 
     def replace(found: "re.Match[str]") -> str:
         name, default = found.groups()
+        if name is None or "${" in (default or ""):
+            raise ConfigError(path, "expected ${NAME} or ${NAME:-default}")  # else a key would leave as it stands there
         if default is None and name not in variables:
             raise ConfigError(path, f"the environment variable {name} is not set; ${{{name}:-default}} gives a default")
         return variables.get(name) or default or ""
 
-    pattern = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}"
+    pattern = r"\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?"
     return re.sub(pattern, replace, value) if isinstance(value, str) else value
 
 
@@ -1217,6 +1219,15 @@ def parse_json(text: str) -> Any:
         raise json.JSONDecodeError(problem, text, start - text.endswith("-", 0, start)) from None
 
 
+def decode_text(raw: bytes) -> str:
+    """Return *raw* as the UTF-8 that it is; JSONDecodeError has the place of what is none."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        text = raw[: error.start].decode()
+        raise json.JSONDecodeError(f"{raw[error.start]:#04x} is not UTF-8", text, len(text)) from None
+
+
 class Seen(NamedTuple):
     """What a body that was parsed consists of.  The next turn of its session repeats most of it: all items, and more.
 
@@ -1397,11 +1408,8 @@ def parse_json_body(raw: Raw, seen: Seen = NOTHING_SEEN) -> JsonBody:
         if body:
             return body
     try:
-        parse_json(raw.decode())  # says what is wrong, and where
+        parse_json(decode_text(raw))  # says what is wrong, and where
         raise ProxyError("invalid_request", "the body must be a JSON object")
-    except UnicodeDecodeError as error:
-        text, wrong = raw[: error.start].decode(), raw[error.start]
-        problem = str(json.JSONDecodeError(f"{wrong:#04x} is not UTF-8", text, len(text)))
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:
@@ -1865,7 +1873,7 @@ def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     value = ""
     for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = headers.get(name) or ""
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", value):
             return float(value) / per_second
     date = unix_time(value)
     return None if date is None else max(0.0, date - now)
@@ -1945,6 +1953,8 @@ class Fleet:
     def __init__(self, cooldowns: Iterable[Tuple[str, int]] = ()) -> None:
         """*cooldowns* has those that a worker counted which this process replaces."""
         self.pins: Remembered[str] = Remembered()  # session -> target id
+        # The same, of another account than the session's home: what that made is readable there alone, for good.
+        self.moved: Remembered[str] = Remembered()
         self.owners: Remembered[str] = Remembered()  # response id or turn state, as digest -> place of a target
         self.seen: Remembered[Seen] = Remembered(MAX_SEEN)  # session, as digest -> what its last body consists of
         self._lock = threading.Lock()  # protects the three below
@@ -1960,14 +1970,20 @@ class Fleet:
 
     def plan(self, targets: Targets, by: Affinity, now: float, idle_s: float) -> Plan:
         """Return the order in which *targets* are tried, from all that is known at *now* (monotonic)."""
-        return plan_targets(targets, by, self.snapshot(targets, now, self.pins.get(by.session, now, idle_s)))
+        pin = self.pins.get(by.session, now, idle_s)
+        if by.is_bound:
+            pin = self.moved.get(by.session, now) or pin
+        return plan_targets(targets, by, self.snapshot(targets, now, pin))
 
     def served(self, by: Affinity, plan: Plan, target: Target, attempts: int, now: float) -> None:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts):
             self.pins.put(by.session, target.id, now)
+            if plan.home and plan.home.provider.account_name() != target.provider.account_name():
+                self.moved.put(by.session, target.id, now)
         elif plan.home in (None, target):  # not what only the load moved: its replacement is still there
             self.pins.forget(by.session)
+            self.moved.forget(by.session)
 
     def opened(self, target: Target) -> None:
         with self._lock:
@@ -4949,7 +4965,8 @@ class Log:
     @staticmethod
     def open(path: str) -> int:
         try:
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)  # or a FIFO would keep us
+            return os.open(path, flags, 0o640)
         except OSError as error:
             raise ConfigError(f"--log-file {path}", f"cannot be opened: {error.strerror}") from None
 
@@ -5401,13 +5418,18 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             state = self._reload_state()
         except ConfigError as error:
-            self.log.event("error", f"configuration not reloaded: {error}")
+            self._say_once("error", f"configuration not reloaded: {error}")
             return
         self._pass_on_warnings()
         state.transport.loop = self.loop
         old, self.state = self.state, state
         old.transport.close()
-        self.log.event("warning", "configuration reloaded")
+        self._say_once("warning", "configuration reloaded")
+
+    def _say_once(self, level: str, message: str) -> None:
+        """Log what all workers would say."""
+        if self._number == 0:
+            self.log.event(level, message)
 
     def drain(self) -> None:
         """Stop in phases: accept no more, end what is idle, let answers finish, stop the loop."""
@@ -5427,66 +5449,78 @@ class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
     def __init__(
-        self, serve_one: Callable[[int], int], listener: socket.socket, shared: Shared, log_path: Optional[str]
+        self, serve_one: Callable[[int, bool], int], listener: socket.socket, shared: Shared, log_path: Optional[str]
     ) -> None:
-        """*serve_one* runs in a child, with its number; its result is the exit code."""
+        """*serve_one* runs in a child, with its number and whether a reload was asked for; it returns the exit code."""
         self._serve_one, self._shared, self._log_path = serve_one, shared, log_path
         self._listener = listener
-        self._children: Dict[int, Tuple[int, float, float]] = {}  # pid -> worker number, started (monotonic), pause
-        self._stopping = False
+        self._children: Dict[int, Tuple[int, float]] = {}  # pid -> worker number, started (monotonic)
+        self._pauses: Dict[int, float] = {}  # worker number -> seconds before it is next replaced
+        self._stopping = self._is_reloaded = False
 
     def run(self, count: int) -> int:
         """Keep *count* workers running until a signal ends them."""
-        catch_signals(self._pass_on)
-        for number in range(count):
-            self._spawn(number, RESPAWN_S[0])
-        while self._children:
-            pid, status = os.waitpid(-1, 0)
-            number, started, pause = self._children.pop(pid)
-            self._shared.clients[number] = 0
-            if time.monotonic() - started >= RESPAWN_S[1]:
-                pause = RESPAWN_S[0]
-            how = f"signal {status & 127}" if status & 127 else f"exit code {status >> 8}"  # as wait(2) packs them
-            self._rest(f"worker {number} died with {how}; another starts in {pause:g} s", pause)
-            self._spawn(number, min(2 * pause, RESPAWN_S[1]))
-        return EXIT_OK
-
-    def _rest(self, why: str, pause: float) -> None:
-        until = time.monotonic() + pause
-        if not self._stopping:
-            log_error(self._log_path, why)
-        while not self._stopping and time.monotonic() < until:
-            time.sleep(0.05)
-
-    def _spawn(self, number: int, pause: float) -> None:
         if sys.platform == "win32":
             raise NotImplementedError
-        pid = None
-        while pid is None:
-            hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
-            try:
-                pid = -1 if self._stopping else os.fork()
-            except OSError as error:  # no process or memory left: the other workers go on
-                hold_signals(False)
-                self._rest(f"worker {number} cannot be started: {error.strerror}; again in {pause:g} s", pause)
+        catch_signals(self._pass_on)
+        due = dict.fromkeys(range(count), 0.0)  # when those that do not run are started (monotonic)
+        while self._children or (due and not self._stopping):
+            for number in [number for number, at in due.items() if at <= time.monotonic()]:
+                problem = self._spawn(number)
+                del due[number]
+                if problem:  # no process or memory left: the other workers go on
+                    due[number] = self._back_off(number, f"worker {number} cannot be started: {problem}; again")
+            pid, status = os.waitpid(-1, os.WNOHANG if due else 0) if self._children else (0, 0)
+            if not pid:
+                time.sleep(0.05)
+                continue
+            number, started = self._children.pop(pid)
+            self._shared.clients[number] = 0
+            if time.monotonic() - started >= RESPAWN_S[1]:
+                self._pauses.pop(number, None)
+            how = f"signal {status & 127}" if status & 127 else f"exit code {status >> 8}"  # as wait(2) packs them
+            due[number] = self._back_off(number, f"worker {number} died with {how}; another starts")
+        return EXIT_OK
+
+    def _back_off(self, number: int, why: str) -> float:
+        """Return when worker *number* is started (monotonic), later each time; the log says *why*, and in how long."""
+        pause = self._pauses.get(number, RESPAWN_S[0])
+        self._pauses[number] = min(2 * pause, RESPAWN_S[1])
+        if not self._stopping:
+            log_error(self._log_path, f"{why} in {pause:g} s")
+        return time.monotonic() + pause
+
+    def _spawn(self, number: int) -> Optional[str]:
+        """Start worker *number*, unless all are to stop; return what is in the way, None for nothing."""
+        if sys.platform == "win32":
+            raise NotImplementedError
+        hold_signals(True)  # one for the child waits until the child can take it; any before has been handled here
+        try:
+            pid = -1 if self._stopping else os.fork()
+        except OSError as error:
+            hold_signals(False)
+            return error.strerror
         if not pid:
             code = EXIT_CHECK_FAILED
             try:
                 # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts.
                 os.setpgid(0, 0)
-                code = self._serve_one(number)
+                code = self._serve_one(number, self._is_reloaded)
             except Exception as error:
                 log_error(self._log_path, f"worker {number}: {type(error).__name__}: {error}")
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
         if pid > 0:
-            self._children[pid] = (number, time.monotonic(), pause)
+            self._children[pid] = (number, time.monotonic())
         hold_signals(False)
+        return None
 
     def _pass_on(self, number: int) -> None:
         if number in STOP_SIGNALS:
             self._stopping = True
             self._listener.close()  # as each worker closes its own: the last one open would keep the port
+        else:
+            self._is_reloaded = True
         for pid in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -6378,7 +6412,8 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
     """Return the configuration in the file *path*; ConfigError for whatever is wrong with it."""
     try:
         with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")  # Windows editors write a byte order mark
+            text = decode_text(file.read())
+        text = text[text.startswith("\ufeff") :]  # Windows editors write a byte order mark
         parse_json(text)  # for its errors: it knows the place of NaN and of a long number, too
         value = expand_variables(json.loads(text, object_pairs_hook=unique_members), os.environ)
     except FileNotFoundError:
@@ -6389,6 +6424,7 @@ def read_config(path: str, options: argparse.Namespace) -> Config:
         raise ConfigError("", f"is not valid JSON: {error}") from None
     for name, given in (("host", options.host), ("port", options.port)):
         if given is not None and isinstance(value, dict):
+            Config.rows[name].read(value.get(name, given), name)  # what it stands in for has to be right, too
             value[name] = given
     return parse_config(value)
 
@@ -6484,12 +6520,12 @@ def serve(options: argparse.Namespace) -> int:
     shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
 
-    def serve_one(number: int) -> int:
+    def serve_one(number: int, is_reloaded: bool) -> int:
         if config.cpu_affinity:
             bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
         current = state
-        if workers > 1:
+        if is_reloaded:
             with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
                 current = load()
         server = Server(current, log, load, listener, shared, number, page)
@@ -6498,7 +6534,9 @@ def serve(options: argparse.Namespace) -> int:
         log.close()
         return EXIT_OK
 
-    return serve_one(0) if workers == 1 else Supervisor(serve_one, listener, shared, options.log_file).run(workers)
+    if workers == 1:
+        return serve_one(0, False)
+    return Supervisor(serve_one, listener, shared, options.log_file).run(workers)
 
 
 def announce(config: Config, listener: socket.socket) -> None:

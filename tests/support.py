@@ -644,6 +644,7 @@ class Proxy:
             json.dump(config, file)
 
     def __enter__(self) -> "Proxy":
+        self._was_killed = False
         self.process = subprocess.Popen(
             self._command,
             cwd=self.folder,
@@ -669,7 +670,10 @@ class Proxy:
         return self
 
     def __exit__(self, exc_type: object, *exc: object) -> None:
+        code = self.process.poll()
         stopped = self._end()
+        if code is not None and code < 0 and not self._was_killed:
+            raise AssertionError(f"the proxy died with signal {-code}:\n" + self.error_text())
         if "Traceback (most recent call last)" in self.error_text():
             raise AssertionError("the proxy wrote a traceback:\n" + self.error_text())
         assert stopped or exc_type, "the proxy outlived two SIGTERM:\n" + self.error_text()
@@ -716,6 +720,7 @@ class Proxy:
         return self.process.wait(timeout)
 
     def kill(self) -> None:
+        self._was_killed = True
         self.process.kill()
         self.process.wait(10)
 

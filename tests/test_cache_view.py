@@ -466,7 +466,7 @@ class StatusTest(ViewCase):
             self.ask("another", "sk-client")
             while not page.next_event()["sessions"]:
                 pass
-            plexus_lite.replace_file(path, b"sk-after")
+            plexus_lite.replace_file(path, b"sk-after", b"sk-before")
             list(page.chunks)
         self.assertEqual(support.post(self.proxy.port, "/status", b"", key="sk-before").status, 401)
         self.assertEqual(support.get(self.proxy.port, "/status?ticket=" + ticket, key=None).status, 401)

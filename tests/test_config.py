@@ -742,6 +742,13 @@ class Variables(ConfigTest):
             with self.subTest(name):
                 self.assertEqual(plexus_lite.expand_variables(given, variables), wanted)
 
+    def test_what_only_looks_like_a_variable_is_refused(self):
+        """It would leave as a credential, as it stands there."""
+        for given in ("${A-d}", "${}", "${A", "${A:-${B}}", "x ${1A}", "${A }", "${A:?no}"):
+            with self.subTest(given), self.assertRaises(plexus_lite.ConfigError) as caught:
+                plexus_lite.expand_variables({"api_key": given}, {"A": "alpha", "B": "beta"})
+            self.assertLine(str(caught.exception), "api_key: expected ${NAME} or ${NAME:-default}")
+
     def test_strings_at_any_depth_and_nothing_else(self):
         value: Dict[str, Any] = {"a": ["${A}", {"${A}": "${A}"}], "b": [True, None, 5, 1.5]}
         wanted = {"a": ["alpha", {"${A}": "alpha"}], "b": [True, None, 5, 1.5]}
@@ -782,14 +789,20 @@ class Files(ConfigTest):
             self.read(content, host="0.0.0.0")
         self.assertLine(str(caught.exception), "host: ", "allow_anonymous")
 
+    def test_host_and_port_of_the_file_must_be_right_even_if_they_give_way(self):
+        for name, wrong in (("host", 5), ("port", "4000"), ("port", True), ("port", None), ("port", 70000)):
+            with self.subTest(name, wrong=wrong), self.assertRaises(plexus_lite.ConfigError) as caught:
+                self.read(json.dumps(document((), **{name: wrong})).encode(), host="127.0.0.1", port=0)
+            self.assertLine(str(caught.exception), f"{name}: expected ", f"found {json.dumps(wrong)}")
+
     def test_what_is_wrong_with_a_file_is_one_line(self):
         good = json.dumps(DOCUMENT)
         rows: Sequence[Tuple[str, Optional[bytes], Sequence[str]]] = (
             ("no file", None, ("no such file", "init")),
             ("empty", b"", ("line 1 column 1",)),
             ("white space", b" \n\t", ("line 2 column 2",)),
-            ("not UTF-8", b'{"host": "\xff"}', ("utf-8",)),
-            ("UTF-16", good.encode("utf-16"), ("utf-8",)),
+            ("not UTF-8", b'{\n"host": "\xff"}', ("0xff is not UTF-8: line 2 column 10",)),
+            ("UTF-16", good.encode("utf-16"), ("is not UTF-8: line 1 column 1",)),
             ("a comma too much", b'{\n  "port": 1,\n}', ("line ", " column ")),  # 3.13 points at the comma
             ("a comment", b'{\n  // no\n  "port": 1\n}', ("line 2 column 3",)),
             ("cut off", good[:-1].encode(), ("line 1 column ",)),

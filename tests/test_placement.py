@@ -396,6 +396,7 @@ class Cooldown(unittest.TestCase):
         rows: Sequence[Tuple[str, Mapping[str, str], Optional[float]]] = (
             ("nothing", {}, None),
             ("seconds", {"Retry-After": "7"}, 7),
+            ("many seconds", {"Retry-After": "9999999999"}, 9999999999),
             ("seconds with a fraction", {"Retry-After": "1.5"}, 1.5),
             ("zero", {"retry-after": "0"}, 0),
             ("a date", {"Retry-After": formatdate(now + 90, usegmt=True)}, 90),
@@ -733,6 +734,19 @@ class Sessions(unittest.TestCase):
             self.fleet.opened(self.home)
         self.assertEqual(self.serve(1000), (self.third, "overflow"))
         self.assertEqual(self.serve(1500), (self.second, "pin"))
+
+    def test_what_another_account_made_leads_back_to_it_however_long_it_was_idle(self):
+        """Its home cannot read it, and each further turn was a 400."""
+        self.assertEqual(self.serve(0, self.home), (self.second, "rendezvous"))
+        self.assertEqual(self.serve(10_000, is_bound=True), (self.second, "pin"))
+        self.assertEqual(self.serve(20_000), (self.home, "rendezvous"), "a turn that anyone can read")
+        self.assertEqual(self.serve(30_000, is_bound=True), (self.home, "rendezvous"))
+
+    def test_what_the_same_account_made_returns_to_its_home(self):
+        self.targets = [target(name, account="one") for name in "abc"]
+        self.home, self.second, self.third = self.plan(0).targets
+        self.serve(0, self.home)
+        self.assertEqual(self.serve(10_000, is_bound=True), (self.home, "rendezvous"))
 
     def test_an_owner_is_asked_first(self):
         self.assertEqual(self.serve(0, owner=self.third.place), (self.third, "owner"))

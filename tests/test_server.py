@@ -245,7 +245,7 @@ class BadConfigTest(ServerTest):
         ("missing", None, ["no such file"]),
         ("empty", b"", ["line 1 column 1"]),
         ("blank", b" \n\n", ["line 3 column 1"]),
-        ("binary", bytes(range(256)), ["utf-8"]),
+        ("binary", bytes(range(256)), ["0x80 is not UTF-8"]),
         ("NULs", b"\0" * 100, ["line 1 column 1"]),
         ("bad JSON", b'{\n  "providers": {\n    "p": }\n', ["line 3 column 10"]),
         ("comment", b'{\n  // here\n  "port": 1\n}', ["line 2 column 3"]),
@@ -642,6 +642,18 @@ class ReloadTest(ServerTest):
             message = next(one["message"] for one in records if one.get("level") == "error")
             problem = "cannot be opened: No such file or directory"
             self.assertEqual(message, f"--log-file {path}: {problem}; the old file goes on")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "this system has no FIFO")
+    def test_a_fifo_that_nobody_reads_is_one_line(self):
+        """To open it would wait, and the program would not listen."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, config = os.path.join(folder, "fifo"), os.path.join(folder, "config.json")
+            os.mkfifo(path)
+            with open(config, "w", encoding="utf-8") as file:
+                json.dump(make_config("http://127.0.0.1:9/v1"), file)
+            (got,) = run_many([["--config", config, "--port", "0", "--log-file", path]])
+        problem = f"--log-file {path}: cannot be opened: No such device or address\n"
+        self.assertEqual((got.returncode, got.stderr), (2, problem))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 5

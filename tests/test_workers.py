@@ -11,7 +11,7 @@ import time
 import types
 import unittest
 import unittest.mock
-from typing import Any, List, Set
+from typing import Any, List, Set, Tuple
 
 import plexus_lite
 from tests import support
@@ -161,17 +161,30 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual([one.refuse.call_count for one in made], [0] * 4 + [1] * 6)
         self.assertEqual([one.close.call_count for one in made], [0] * 8 + [1] * 2)
 
-    def test_who_dies_has_no_clients(self) -> None:
+    def test_who_dies_has_no_clients_and_its_pause_holds_up_no_other(self) -> None:
+        """All that died meanwhile stayed dead for up to 30 s."""
         shared = plexus_lite.Shared(2)
-        shared.clients[1] = 9
-        supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared, None)
-        supervisor._children = {7: (1, time.monotonic(), 0.0)}
-        with unittest.mock.patch.multiple(supervisor, _rest=unittest.mock.DEFAULT, _spawn=unittest.mock.DEFAULT):
-            with unittest.mock.patch.object(plexus_lite, "catch_signals"), unittest.mock.patch.object(
-                os, "waitpid", return_value=(7, 9)
-            ):
+        shared.clients[0] = shared.clients[1] = 9
+        with tempfile.TemporaryDirectory() as folder:
+            log_path = os.path.join(folder, "log")
+            supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared, log_path)
+            supervisor._children = {7: (0, time.monotonic()), 8: (1, time.monotonic())}
+            supervisor._pauses = {0: 30.0, 1: 0.1}
+            started: List[int] = []
+
+            def spawn(number: int) -> None:
+                started.append(number)
+                supervisor._stopping = True
+
+            with unittest.mock.patch.object(supervisor, "_spawn", spawn), unittest.mock.patch.object(
+                plexus_lite, "catch_signals"
+            ), unittest.mock.patch.object(os, "waitpid", side_effect=[(7, 9), (8, 0x100)]):
                 supervisor.run(0)
-        self.assertEqual(list(shared.clients), [0, 0])
+            with open(log_path, encoding="ascii") as file:
+                said = [json.loads(line)["message"] for line in file]
+        self.assertEqual((started, list(shared.clients)), ([1], [0, 0]))
+        wanted = ["worker 0 died with signal 9; another starts in 30 s"]
+        self.assertEqual(said, [*wanted, "worker 1 died with exit code 1; another starts in 0.1 s"])
 
     def test_a_dead_worker_is_replaced_and_named_in_a_line_of_the_log(self) -> None:
         def kill_one(*options: str) -> str:
@@ -218,7 +231,7 @@ class WorkersTest(unittest.TestCase):
         self.addCleanup(proxy.__exit__, None)
         proxy.__enter__()
         wait_until(lambda: len(children(proxy.process.pid)) == 2, "two workers")
-        wait_until(lambda: "worker 0: ValueError: no core" in proxy.error_text(), "the reason")
+        wait_until(lambda: "worker 1: ValueError: no core" in proxy.error_text(), "the reason")
         self.assertIn("worker 0 cannot be started: none left; again in 0.05 s", proxy.error_text())
         self.assertEqual(support.get(proxy.port, "/health").status, 200)
 
@@ -269,20 +282,30 @@ class WorkersTest(unittest.TestCase):
             lambda: all(os.getpgid(pid) != group for pid in children(proxy.process.pid)), "workers leave the group"
         )
 
-    def test_sighup_reloads_every_worker(self) -> None:
+    def test_sighup_reloads_every_worker_and_nothing_else_does(self) -> None:
         proxy = self.start(self.upstream)
         changed = support.make_config(self.upstream, workers=2)
         changed["providers"]["up"]["models"] = ["gpt-new"]
         proxy.write_config(changed)
+
+        def replace_one() -> None:
+            before = self.serving(proxy)
+            os.kill(before[0], signal.SIGKILL)
+            wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
+            self.serving(proxy)
+
+        def counts() -> Tuple[int, int]:
+            """Of 8 answers, whichever worker gave them, how many know the old and the new model."""
+            answers = [support.get(proxy.port, "/v1/models").body.decode() for _ in range(8)]
+            return sum("gpt-test" in one for one in answers), sum("gpt-new" in one for one in answers)
+
+        replace_one()
+        self.assertEqual(counts(), (8, 0), "a worker that is replaced read a file that nobody had it read")
         proxy.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: proxy.error_text().count("configuration reloaded") == 2, "both reload")
-        for _ in range(6):
-            self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
-        before = children(proxy.process.pid)
-        os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: len(set(children(proxy.process.pid)) - set(before)) == 1, "a new worker")
-        for _ in range(8):  # whichever of the two accepts
-            self.assertIn("gpt-new", support.get(proxy.port, "/v1/models").body.decode())
+        wait_until(lambda: counts() == (0, 8), "both reload")
+        replace_one()
+        self.assertEqual(counts(), (0, 8))
+        self.assertEqual(proxy.error_text().count("configuration reloaded"), 1)
 
     def test_workers_end_when_their_supervisor_was_killed(self) -> None:
         proxy = self.start(self.upstream)

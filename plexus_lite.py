@@ -1591,7 +1591,9 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     if not found:
         raise unknown_key(problem)
     name, rest, key = found
-    fields += [other for other in CREDENTIALS if any(key.secret in value for value in headers.all(other))]
+    # It may stand in a field that is no place for it here, and still must not leave.
+    same = re.compile(rf"(.*[ =;])?{re.escape(key.secret)}([:; ].*)?").fullmatch
+    fields += [one for one in CREDENTIALS if any(map(same, headers.all(one)))]
     label = rest.encode("latin-1").decode("utf-8", "replace")[:64] or None
     return Identity(name, label, frozenset(fields), key.models, key.admin)
 
@@ -1724,19 +1726,28 @@ def replace_model(body: JsonBody, model: str) -> bytes:
 
 
 def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
-    """Return *text* with every occurrence of a credential we sent replaced by as many asterisks.
+    """Return *text* with every occurrence of a credential we sent replaced by as many asterisks."""
+    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
+        text = spellings_of(secret).sub(lambda found: b"*" * len(found[0]), text)
+    return text
 
-    Also where JSON or a URL has other spellings of its characters; of letters and digits nobody uses them.
-    """
+
+SPELLING_BYTES: Final = 6  # of one character, at most: \\u002b
+
+
+@functools.lru_cache(maxsize=64)  # a token of 2 KB takes 2 ms
+def spellings_of(secret: bytes) -> "re.Pattern[bytes]":
+    """Return what finds *secret*, also where JSON or a URL has other spellings of its characters."""
 
     def spellings(found: "re.Match[bytes]") -> bytes:
-        code = ord(found[0])
-        return rb"(?:\\?%b|(?i:\\u00|%%)(?i:%02x))" % (re.escape(found[0]), code)
+        one = found[0][:1]
+        plain = re.escape(one)
+        if one in b"._~-":  # RFC 3986 2.3: nobody escapes these
+            return plain
+        many, prefix = (b"+", b"") if one == b"\\" else (b"", rb"\\?")  # a run, or the time would double with each one
+        return rb"(?:%b%b|(?i:\\u00|%%)(?i:%02x))%b" % (prefix, plain, ord(one), many)
 
-    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may be the beginning of another
-        pattern = re.sub(rb"[^0-9A-Za-z]", spellings, secret)
-        text = re.sub(pattern, lambda found: b"*" * len(found[0]), text)
-    return text
+    return re.compile(re.sub(rb"\\+|[^0-9A-Za-z]", spellings, secret))
 
 
 def mask_head(head: AnswerHead, secrets_sent: Sequence[bytes]) -> AnswerHead:
@@ -1873,7 +1884,7 @@ def retry_after_of(headers: Headers, now: float) -> Optional[float]:
     value = ""
     for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = headers.get(name) or ""
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", value):
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
             return float(value) / per_second
     date = unix_time(value)
     return None if date is None else max(0.0, date - now)
@@ -1981,6 +1992,8 @@ class Fleet:
             self.pins.put(by.session, target.id, now)
             if plan.home and plan.home.provider.account_name() != target.provider.account_name():
                 self.moved.put(by.session, target.id, now)
+            else:
+                self.moved.forget(by.session)
         elif plan.home in (None, target):  # not what only the load moved: its replacement is still there
             self.pins.forget(by.session)
             self.moved.forget(by.session)
@@ -2762,7 +2775,7 @@ class SignIn(WatchedFile):
                     new = self._spend(spent)
                     self.look()  # `codex login` knows no lock
                     with self._lock:
-                        if self.value is spent:
+                        if self.value.content == spent.content:
                             self.value = new
                 if self.value.content != self._content:
                     replace_file(path, self.value.content, self._content)
@@ -3703,7 +3716,7 @@ class Exchange:
     is_renamed = False  # some of them under another model's name: it is copied for them
     plan = NO_PLAN
     affinity: Optional[Affinity] = None  # what it was placed by, if there was a choice
-    turn_owners: FrozenSet[Optional[str]] = frozenset()  # the places that minted its turn states, None where not known
+    turn_owners: Sequence[Optional[str]] = ()  # the places that minted its turn states, None where not known
     # What each turn changes.
     tried = 0  # how many targets of the plan
     left: Tuple[Target, ...] = ()  # those that a further one stood in for
@@ -4210,6 +4223,7 @@ class Answer:
     _interim_bytes = 0  # of the heads before it
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
+    _unmasked = b""  # its end, once it is relayed
     _tail = b""  # the last bytes of an event stream into which comments may go
     _opening: Optional[bytes] = None  # the body's beginning, as long as the response id is looked for in it
     _is_direct = False  # an event stream that may leave by _relay_direct()
@@ -4332,9 +4346,7 @@ class Answer:
                     raise MalformedHTTP("this is not HTTP/1.1")
                 return
             raw, self._start = self._start[:end], self._start[end:]
-            head, secrets_sent = read_answer_head(raw), self._secrets()
-            if any(secret in raw for secret in secrets_sent):  # an upstream that repeats it must not reveal it
-                head = mask_head(head, secrets_sent)
+            head = read_answer_head(raw)
             self._interim_bytes += end
             if head.status == 101:
                 raise MalformedHTTP("101 Switching Protocols was not asked for")
@@ -4342,6 +4354,8 @@ class Answer:
             self._failed(wrong_password(self._proxy, self.target.provider))
             return
         self._body = answer_body(head)
+        if mask(raw, self._secrets()) != raw:  # an upstream that repeats our credential must not reveal it
+            head = mask_head(head, self._secrets())
         self.head = head
         self._learn(head)
         if head.status >= 400:
@@ -4373,10 +4387,11 @@ class Answer:
         connection, exchange, done = self.connection, self.exchange, self._body.done
         if self._held is not None:
             self._held += payload
-            is_long = len(self._held) > HELD_ANSWER_BYTES
-            if done or is_long:
-                self._judge_error(is_long)
+            if done or len(self._held) > HELD_ANSWER_BYTES:
+                self._judge_error()
             return
+        if self.head.status >= 400:
+            payload = self._masked(payload, done)
         connection.send_payload(payload, done)
         if self._tail:
             self._tail = payload[-4:] if len(payload) > 3 else (self._tail + payload)[-4:]
@@ -4394,12 +4409,9 @@ class Answer:
         elif self._is_direct or len(connection.unsent) > HIGH_WATER_BYTES:
             self._watch()
 
-    def _judge_error(self, is_cut: bool = False) -> None:
-        """An error answer is complete, or slow: hand it on, unless another target may do better.
-
-        With *is_cut* no more is waited for, and one that is not complete is handed on as far as it is here, and then
-        relayed, which masks nothing any more.
-        """
+    def _judge_error(self) -> None:
+        """An error answer is complete, or cannot be held back any longer: hand it on, unless another target may do
+        better.  One that is not complete is handed on as far as it is here, and then relayed."""
         exchange, status, is_whole = self.exchange, self.head.status, self._body.done
         passes_on = {404} if exchange.route.action == "stored" else RETRY_STATUSES  # with which another is asked
         if is_whole:
@@ -4409,7 +4421,7 @@ class Answer:
             self._next_turn()
         elif status in passes_on and (is_whole or exchange.tried < len(exchange.plan.targets)):
             self._next_turn()  # of a whole one from the last target, too: give_up() may wait for a 429 to pass
-        elif is_whole or is_cut:
+        else:
             self.hand_on()
 
     def _ended(self) -> None:
@@ -4484,9 +4496,17 @@ class Answer:
         """Relay the error answer that was held back, as it is but for our credentials in it."""
         assert self._held is not None
         self.exchange.target = self.target  # one that was asked later gave no answer
-        payload, self._held = mask(bytes(self._held), self._secrets()), None
+        payload, self._held = bytes(self._held), None
         self._commit()
         self._take(payload)
+
+    def _masked(self, payload: bytes, is_last: bool) -> bytes:
+        """Return what can leave now of an error answer, masked; its end may be the beginning of a credential."""
+        secrets_sent = self._secrets()
+        text = mask(self._unmasked + payload, secrets_sent)
+        kept = 0 if is_last else min(len(text), SPELLING_BYTES * max(map(len, secrets_sent), default=0))
+        self._unmasked = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
     def _secrets(self) -> Tuple[bytes, ...]:
         """Return the credentials in the fields that we add, and those for a proxy that reads them, for masking."""
@@ -4530,7 +4550,7 @@ class Answer:
         if self.exchange.json:  # the upstream thinks, so there is time for this
             self.exchange.digest(self._fleet)
         if self._held is not None and (is_idle or now > self._deadline):
-            self._judge_error(is_idle)
+            self._judge_error()
         elif now > self._deadline:
             if self.upstream and self.upstream.connecting:  # what its name means by now may answer
                 self.exchange.state.transport.forget_address(self.upstream)
@@ -4623,9 +4643,8 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
         is_known = model in model_list(state.config)
-        raise no_such_model(
-            exchange, model or "", f"is not served at {route.name}" if is_known else "does not exist here"
-        )
+        why = f"is not served at {route.name}" if is_known else UNKNOWN
+        raise no_such_model(exchange, model or "", why)
     if body and any(target.model != model for target in targets):
         exchange.is_renamed = True
         exchange.hold(len(body.raw))
@@ -4635,6 +4654,7 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     exchange.plan = plan
 
 
+UNKNOWN: Final = "does not exist here"
 AT_ONCE: Final = contextlib.nullcontext()  # what is read in the loop waits for no place
 CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
 
@@ -4704,7 +4724,7 @@ def check_model(exchange: Exchange, body: JsonBody) -> None:
         raise ProxyError("invalid_request", f'"model" must be a string; it is {found}', param="model")
     if allowed is not None and model not in allowed:
         if not is_served(exchange.state.config, model):
-            raise no_such_model(exchange, model, "does not exist here")
+            raise no_such_model(exchange, model)
         message = f"this key may not use {describe(model)}; it may use: {', '.join(allowed) or 'none'}"
         raise ProxyError("model_not_allowed", message, param="model")
 
@@ -4715,7 +4735,7 @@ def usable_models(exchange: Exchange) -> List[str]:
     return model_list(exchange.state.config) if allowed is None else list(allowed)
 
 
-def no_such_model(exchange: Exchange, name: str, why: str) -> ProxyError:
+def no_such_model(exchange: Exchange, name: str, why: str = UNKNOWN) -> ProxyError:
     state, api = exchange.state, exchange.route.api
     there = [one for one in usable_models(exchange) if exchange.route.action == "models" or state.targets(one, api)]
     message = f"the model {describe(name)} {why}; there are: {', '.join(there) or 'none'}"
@@ -4780,7 +4800,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif wanted in entries:
             self.answer(entries[wanted])
         else:
-            raise no_such_model(self.exchange, wanted, "does not exist here")
+            raise no_such_model(self.exchange, wanted)
 
     # -- the main job ----------------------------------------------------
 
@@ -4793,7 +4813,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if exchange.is_gone:
                     raise ClientGone
                 now, states = time.monotonic(), exchange.headers.all(TURN_STATE)
-                exchange.turn_owners = frozenset(self.fleet.owners.get(text_digest(state), now) for state in states)
+                exchange.turn_owners = [self.fleet.owners.get(text_digest(state), now) for state in states]
                 plan = place_stored if exchange.route.action == "stored" else place
                 plan(exchange, self.fleet, now)
         while not exchange.is_gone:
@@ -4852,8 +4872,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if credential is None:
             return None
         exchange.credential = credential
-        keep_turn_state = exchange.turn_owners == {target.place}
-        if exchange.turn_owners == {None}:  # of unknown origin: it can only be from here if there is nowhere else
+        minters = set(exchange.turn_owners)
+        keep_turn_state = minters == {target.place}
+        if minters == {None}:  # of unknown origin: it can only be from here if there is nowhere else
             keep_turn_state = len({one.provider.account_name() for one in exchange.targets}) == 1
         parsed = exchange.json  # once: the loop forgets it if the client leaves meanwhile
         is_edited = parsed is not None and exchange.model != target.model
@@ -5020,9 +5041,11 @@ def new_event(level: str, message: str) -> Record:
     return {"ts": new_record(time.time(), "", "")["ts"], "level": level, "message": message}
 
 
-def log_error(path: Optional[str], message: str) -> None:
+def log_event(path: Optional[str], limit: str, level: str, message: str) -> None:
     """Write an event into the log at *path* at once, from a process that has no Log: one with threads must not fork."""
-    event, fd = new_event("error", message), 2
+    if LEVELS.index(level) > LEVELS.index(limit):
+        return
+    event, fd = new_event(level, message), 2
     with contextlib.suppress(ConfigError):
         fd = fd if path is None else Log.open(path)
     say(render_line(event) if os.isatty(fd) else JSON_ENCODER.encode(event), fd)
@@ -5418,17 +5441,17 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             state = self._reload_state()
         except ConfigError as error:
-            self._say_once("error", f"configuration not reloaded: {error}")
+            self._say_alone("error", f"configuration not reloaded: {error}")
             return
         self._pass_on_warnings()
         state.transport.loop = self.loop
         old, self.state = self.state, state
         old.transport.close()
-        self._say_once("warning", "configuration reloaded")
+        self._say_alone("warning", "configuration reloaded")
 
-    def _say_once(self, level: str, message: str) -> None:
-        """Log what all workers would say."""
-        if self._number == 0:
+    def _say_alone(self, level: str, message: str) -> None:
+        """Log what the supervisor says for all workers, where there is one."""
+        if self.workers == 1:
             self.log.event(level, message)
 
     def drain(self) -> None:
@@ -5449,14 +5472,21 @@ class Supervisor:
     """Several server processes on one listening socket: forked, replaced when they die, signalled as one.  POSIX."""
 
     def __init__(
-        self, serve_one: Callable[[int, bool], int], listener: socket.socket, shared: Shared, log_path: Optional[str]
+        self,
+        serve_one: Callable[[int, State], int],
+        state: State,
+        load: Callable[[], State],
+        log: Callable[[str, str], None],
+        listener: socket.socket,
+        shared: Shared,
     ) -> None:
-        """*serve_one* runs in a child, with its number and whether a reload was asked for; it returns the exit code."""
-        self._serve_one, self._shared, self._log_path = serve_one, shared, log_path
-        self._listener = listener
+        """*serve_one* runs in a child, with its number and *state*, or what *load* returned since; it returns the exit
+        code."""
+        self._serve_one, self._state, self._load, self._log = serve_one, state, load, log
+        self._listener, self._shared = listener, shared
         self._children: Dict[int, Tuple[int, float]] = {}  # pid -> worker number, started (monotonic)
         self._pauses: Dict[int, float] = {}  # worker number -> seconds before it is next replaced
-        self._stopping = self._is_reloaded = False
+        self._stopping = False
 
     def run(self, count: int) -> int:
         """Keep *count* workers running until a signal ends them."""
@@ -5487,7 +5517,7 @@ class Supervisor:
         pause = self._pauses.get(number, RESPAWN_S[0])
         self._pauses[number] = min(2 * pause, RESPAWN_S[1])
         if not self._stopping:
-            log_error(self._log_path, f"{why} in {pause:g} s")
+            self._log("error", f"{why} in {pause:g} s")
         return time.monotonic() + pause
 
     def _spawn(self, number: int) -> Optional[str]:
@@ -5505,9 +5535,9 @@ class Supervisor:
             try:
                 # Ctrl-C is for the supervisor: passed on, it would come twice, and the second one cuts.
                 os.setpgid(0, 0)
-                code = self._serve_one(number, self._is_reloaded)
+                code = self._serve_one(number, self._state)
             except Exception as error:
-                log_error(self._log_path, f"worker {number}: {type(error).__name__}: {error}")
+                self._log("error", f"worker {number}: {type(error).__name__}: {error}")
             finally:
                 os._exit(code)  # the parent's clean-up is not ours
         if pid > 0:
@@ -5519,8 +5549,12 @@ class Supervisor:
         if number in STOP_SIGNALS:
             self._stopping = True
             self._listener.close()  # as each worker closes its own: the last one open would keep the port
-        else:
-            self._is_reloaded = True
+        else:  # what a worker that is replaced begins with; the others read the file themselves
+            try:
+                self._state = self._load()
+                self._log("warning", "configuration reloaded")
+            except ConfigError as error:
+                self._log("error", f"configuration not reloaded: {error}")
         for pid in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -6520,14 +6554,10 @@ def serve(options: argparse.Namespace) -> int:
     shared = Shared(workers)
     page = (page_headers(PAGE), PAGE.encode("ascii"))
 
-    def serve_one(number: int, is_reloaded: bool) -> int:
+    def serve_one(number: int, current: State) -> int:
         if config.cpu_affinity:
             bind_to_core(shared.supervisor + number)
         log = Log(options.log_file, options.log_level)
-        current = state
-        if is_reloaded:
-            with contextlib.suppress(ConfigError):  # a worker that is replaced must not serve what was reloaded since
-                current = load()
         server = Server(current, log, load, listener, shared, number, page)
         server.catch_signals()
         server.serve_forever()
@@ -6535,8 +6565,9 @@ def serve(options: argparse.Namespace) -> int:
         return EXIT_OK
 
     if workers == 1:
-        return serve_one(0, False)
-    return Supervisor(serve_one, listener, shared, options.log_file).run(workers)
+        return serve_one(0, state)
+    log = functools.partial(log_event, options.log_file, options.log_level)
+    return Supervisor(serve_one, state, load, log, listener, shared).run(workers)
 
 
 def announce(config: Config, listener: socket.socket) -> None:

@@ -569,6 +569,21 @@ class Renewal(SignInTest):
             self.assertEqual(self.sent(credentials), new)
         self.assertEqual((self.issuer.spent, credentials.look_again()), ([], []))
 
+    def test_tokens_that_could_not_be_written_are_renewed_as_any_other(self):
+        self.patch("RENEW_PAUSE_S", 0)
+        path = self.sign_in(access(-1))
+        credentials = self.make()
+        self.issuer.lifetime_s = 100  # due again at once
+        self.addCleanup(setattr, self.issuer, "lifetime_s", 3600.0)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with unittest.mock.patch("os.fsync", side_effect=[None, full]):
+            self.sent(credentials)
+        for _ in range(2):
+            token = self.sent(credentials)
+            self.assertEqual(read_json(path)["tokens"]["access_token"], token)
+            self.assertNotIn(read_json(path)["tokens"]["refresh_token"], self.issuer.spent)
+        self.assertEqual(len(self.issuer.spent), 3)
+
     def test_who_signs_in_while_the_issuer_is_asked_stays_signed_in(self):
         """`codex login` knows no lock: the account that it wrote was replaced by the renewed old one."""
         path = self.sign_in(access(-1))

@@ -822,6 +822,11 @@ class Outbound(unittest.TestCase):
                 [("Authorization", "Bearer theirs")],
             ),
             ("ours in both", [("Authorization", "Bearer sk-team"), ("x-api-key", "sk-team")], []),
+            (
+                "theirs has ours in it",
+                [("x-api-key", "sk-team"), ("Authorization", "Bearer sk-teamwork"), ("api-key", "my-sk-team")],
+                [("Authorization", "Bearer sk-teamwork"), ("api-key", "my-sk-team")],
+            ),
             ("ours in a field of another API, too", [("x-api-key", "sk-team"), ("API-Key", "sk-team")], []),
             ("ours in both, one with a label", [("x-api-key", "sk-team:x"), ("Authorization", "sk-team")], []),
         )
@@ -1086,7 +1091,7 @@ class Mask(unittest.TestCase):
             ("as PHP escapes", rb'{"e":"a+b\/c"}', [b"a+b/c"], b'{"e":"******"}'),
             ("as .NET escapes", rb'{"e":"a\u002Bb\u002bc"}', [b"a+b+c"], b'{"e":"%b"}' % (b"*" * 15)),
             ("a quote and a backslash", rb'{"e":"a\"b\\c"}', [rb'a"b\c'], b'{"e":"*******"}'),
-            ("in a URL", b"?key=sk%2D1%2f", [b"sk-1/"], b"?key=" + b"*" * 9),
+            ("in a URL", b"?key=sk-1%2f%3D", [b"sk-1/="], b"?key=" + b"*" * 10),
             ("a line's end before it", rb'{"e":"\none"}', [b"none"], rb'{"e":"\none"}'.replace(b"none", b"****")),
         )
         for name, text, secrets_sent, wanted in rows:

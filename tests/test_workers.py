@@ -165,24 +165,22 @@ class WorkersTest(unittest.TestCase):
         """All that died meanwhile stayed dead for up to 30 s."""
         shared = plexus_lite.Shared(2)
         shared.clients[0] = shared.clients[1] = 9
-        with tempfile.TemporaryDirectory() as folder:
-            log_path = os.path.join(folder, "log")
-            supervisor = plexus_lite.Supervisor(unittest.mock.Mock(), unittest.mock.Mock(), shared, log_path)
-            supervisor._children = {7: (0, time.monotonic()), 8: (1, time.monotonic())}
-            supervisor._pauses = {0: 30.0, 1: 0.1}
-            started: List[int] = []
+        log, unused = unittest.mock.Mock(), unittest.mock.Mock()
+        supervisor = plexus_lite.Supervisor(unused, unused, unused, log, unused, shared)
+        supervisor._children = {7: (0, time.monotonic()), 8: (1, time.monotonic())}
+        supervisor._pauses = {0: 30.0, 1: 0.1}
+        started: List[int] = []
 
-            def spawn(number: int) -> None:
-                started.append(number)
-                supervisor._stopping = True
+        def spawn(number: int) -> None:
+            started.append(number)
+            supervisor._stopping = True
 
-            with unittest.mock.patch.object(supervisor, "_spawn", spawn), unittest.mock.patch.object(
-                plexus_lite, "catch_signals"
-            ), unittest.mock.patch.object(os, "waitpid", side_effect=[(7, 9), (8, 0x100)]):
-                supervisor.run(0)
-            with open(log_path, encoding="ascii") as file:
-                said = [json.loads(line)["message"] for line in file]
+        with unittest.mock.patch.object(supervisor, "_spawn", spawn), unittest.mock.patch.object(
+            plexus_lite, "catch_signals"
+        ), unittest.mock.patch.object(os, "waitpid", side_effect=[(7, 9), (8, 0x100)]):
+            supervisor.run(0)
         self.assertEqual((started, list(shared.clients)), ([1], [0, 0]))
+        said = [call[0][1] for call in log.call_args_list]
         wanted = ["worker 0 died with signal 9; another starts in 30 s"]
         self.assertEqual(said, [*wanted, "worker 1 died with exit code 1; another starts in 0.1 s"])
 
@@ -303,9 +301,14 @@ class WorkersTest(unittest.TestCase):
         self.assertEqual(counts(), (8, 0), "a worker that is replaced read a file that nobody had it read")
         proxy.process.send_signal(signal.SIGHUP)
         wait_until(lambda: counts() == (0, 8), "both reload")
+        with open(proxy.config_path, "w", encoding="utf-8") as file:
+            file.write("half of a fi")
         replace_one()
-        self.assertEqual(counts(), (0, 8))
+        self.assertEqual(counts(), (0, 8), "it went back to what the program began with")
         self.assertEqual(proxy.error_text().count("configuration reloaded"), 1)
+        proxy.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "configuration not reloaded: " in proxy.error_text(), "what is wrong")
+        self.assertEqual(counts(), (0, 8))
 
     def test_workers_end_when_their_supervisor_was_killed(self) -> None:
         proxy = self.start(self.upstream)

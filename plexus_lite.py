@@ -179,7 +179,7 @@ QUIET_S: Final = 0.002  # requests that ended are looked at after this long with
 MAX_WAITING: Final = 8  # or when so many calls wait, two a request: all at once must not keep other clients waiting
 TICK_S: Final = 0.25  # how often deadlines are looked at
 LINGER_S: Final = 2.0  # RFC 9112 9.6: read on after the last answer, or a reset would destroy it
-HELD_ANSWER_S: Final = 2.0  # an error answer's body may take this long before the next target is asked
+HELD_ANSWER_S: Final = 2.0  # an error answer has so long to be whole; then another target is asked, or it is handed on
 BACKLOG: Final = 1024  # with the standard library's 5, a third of 512 streams opened at once were reset
 ACCEPTS: Final = 16  # connections accepted in one go; then the running streams, and other workers, have their turn
 RESPAWN_S: Final = (1.0, 30.0)  # a worker that died is replaced after this; doubling while it dies young
@@ -1591,9 +1591,10 @@ def find_key(headers: Headers, keys: Mapping[str, Key]) -> Identity:
     if not found:
         raise unknown_key(problem)
     name, rest, key = found
-    # It may stand in a field that is no place for it here, and still must not leave.
-    same = re.compile(rf"(.*[ =;])?{re.escape(key.secret)}([:; ].*)?").fullmatch
-    fields += [one for one in CREDENTIALS if any(map(same, headers.all(one)))]
+    others = CREDENTIALS.intersection(headers.values).difference(fields)
+    if others:  # seldom.  The key may stand in one that is no place for it here, and still must not leave
+        same = re.compile(rf"(.*[ =;])?{re.escape(key.secret)}([:; ].*)?").fullmatch
+        fields += [one for one in others if any(map(same, headers.all(one)))]
     label = rest.encode("latin-1").decode("utf-8", "replace")[:64] or None
     return Identity(name, label, frozenset(fields), key.models, key.admin)
 
@@ -1732,7 +1733,7 @@ def mask(text: bytes, secrets_sent: Sequence[bytes]) -> bytes:
     return text
 
 
-SPELLING_BYTES: Final = 6  # of one character, at most: \\u002b
+SPELLING_BYTES: Final = 6  # of one character, at most: \u002b
 
 
 @functools.lru_cache(maxsize=64)  # a token of 2 KB takes 2 ms
@@ -1860,6 +1861,10 @@ def plan_targets(targets: Targets, by: Affinity, snapshot: Snapshot) -> Plan:
     return Plan(tuple(order), reason, home)
 
 
+def has_other_account(one: Target, other: Target) -> bool:
+    return one.provider.account_name() != other.provider.account_name()
+
+
 def is_pinned(plan: Plan, served: Target, attempts: int) -> bool:
     """Say whether a session that *served* answered stays there, away from its home.
 
@@ -1869,8 +1874,7 @@ def is_pinned(plan: Plan, served: Target, attempts: int) -> bool:
     home = plan.home
     if home is None or served.id == home.id:
         return False
-    has_other_account = served.provider.account_name() != home.provider.account_name()
-    return plan.reason != "overflow" or attempts > 1 or has_other_account
+    return plan.reason != "overflow" or attempts > 1 or has_other_account(served, home)
 
 
 def cooldown_s(failures: int, retry_after: Optional[float]) -> float:
@@ -1990,7 +1994,7 @@ class Fleet:
         """Remember that *target*, the *attempts*-th of *plan*, answered: the prefix of the session lies there now."""
         if is_pinned(plan, target, attempts):
             self.pins.put(by.session, target.id, now)
-            if plan.home and plan.home.provider.account_name() != target.provider.account_name():
+            if plan.home and has_other_account(target, plan.home):
                 self.moved.put(by.session, target.id, now)
             else:
                 self.moved.forget(by.session)
@@ -3063,12 +3067,10 @@ def is_silent(sock: socket.socket) -> bool:
     """Say whether nothing has come on a non-blocking socket, not even its end."""
     try:
         sock.recv(1)
-    except ssl.SSLWantWriteError:
-        return False  # see Loop.receive
-    except BLOCKED:
-        return True
+    except BLOCKED as error:
+        return not isinstance(error, ssl.SSLWantWriteError)  # see Loop.receive
     except OSError:
-        return False
+        pass
     return False
 
 
@@ -4223,7 +4225,7 @@ class Answer:
     _interim_bytes = 0  # of the heads before it
     _body: BodyReader = NO_BODY
     _held: Optional[bytearray] = None  # the body of an error answer, see HELD_ANSWER_BYTES
-    _unmasked = b""  # its end, once it is relayed
+    _kept = b""  # its end, once it is relayed: perhaps the beginning of a credential
     _tail = b""  # the last bytes of an event stream into which comments may go
     _opening: Optional[bytes] = None  # the body's beginning, as long as the response id is looked for in it
     _is_direct = False  # an event stream that may leave by _relay_direct()
@@ -4284,8 +4286,10 @@ class Answer:
         if events != READ or self._unsent:
             self._on_ready(events)
             return
+        upstream = self.upstream
+        assert upstream is not None  # else nothing is watched
         try:
-            data = self.loop.receive(self._sock)
+            data = self.loop.receive(upstream.sock)
         except OSError as error:
             self._reset(error)
             return
@@ -4354,8 +4358,9 @@ class Answer:
             self._failed(wrong_password(self._proxy, self.target.provider))
             return
         self._body = answer_body(head)
-        if mask(raw, self._secrets()) != raw:  # an upstream that repeats our credential must not reveal it
-            head = mask_head(head, self._secrets())
+        secrets_sent = self._secrets()
+        if mask(raw, secrets_sent) != raw:  # an upstream that repeats our credential must not reveal it
+            head = mask_head(head, secrets_sent)
         self.head = head
         self._learn(head)
         if head.status >= 400:
@@ -4503,9 +4508,9 @@ class Answer:
     def _masked(self, payload: bytes, is_last: bool) -> bytes:
         """Return what can leave now of an error answer, masked; its end may be the beginning of a credential."""
         secrets_sent = self._secrets()
-        text = mask(self._unmasked + payload, secrets_sent)
+        text = mask(self._kept + payload, secrets_sent)
         kept = 0 if is_last else min(len(text), SPELLING_BYTES * max(map(len, secrets_sent), default=0))
-        self._unmasked = text[len(text) - kept :]
+        self._kept = text[len(text) - kept :]
         return text[: len(text) - kept]
 
     def _secrets(self) -> Tuple[bytes, ...]:
@@ -4536,7 +4541,7 @@ class Answer:
         fields = answer_fields(head, None if asked in (None, used) else (asked or "", used))
         connection.begin_answer(head.status, head.reason, fields, length)
         if self._tail and connection.framing == "chunked" and self.upstream:
-            self._is_direct, self._sock, self._send = True, self.upstream.sock, connection.sock.send
+            self._is_direct, self._send = True, connection.sock.send
 
     def resume(self) -> None:
         """The client has read what was kept for it: go on reading from the upstream."""
@@ -4642,9 +4647,9 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
         check_model(exchange, body)
     targets = exchange.targets = only_choice(exchange) if model is None else state.targets(model, route.api)
     if not targets:
-        is_known = model in model_list(state.config)
-        why = f"is not served at {route.name}" if is_known else UNKNOWN
-        raise no_such_model(exchange, model or "", why)
+        if model in model_list(state.config):
+            raise no_such_model(exchange, model or "", f"is not served at {route.name}")
+        raise no_such_model(exchange, model or "")
     if body and any(target.model != model for target in targets):
         exchange.is_renamed = True
         exchange.hold(len(body.raw))
@@ -4654,7 +4659,6 @@ def place(exchange: Exchange, fleet: Fleet, now: float) -> None:
     exchange.plan = plan
 
 
-UNKNOWN: Final = "does not exist here"
 AT_ONCE: Final = contextlib.nullcontext()  # what is read in the loop waits for no place
 CACHE_KEY: Final = re.compile(rb'"prompt_cache_key"\s*:\s*"([^"\\]+)"')
 
@@ -4735,7 +4739,7 @@ def usable_models(exchange: Exchange) -> List[str]:
     return model_list(exchange.state.config) if allowed is None else list(allowed)
 
 
-def no_such_model(exchange: Exchange, name: str, why: str = UNKNOWN) -> ProxyError:
+def no_such_model(exchange: Exchange, name: str, why: str = "does not exist here") -> ProxyError:
     state, api = exchange.state, exchange.route.api
     there = [one for one in usable_models(exchange) if exchange.route.action == "models" or state.targets(one, api)]
     message = f"the model {describe(name)} {why}; there are: {', '.join(there) or 'none'}"

@@ -654,7 +654,8 @@ class MetricsTest(unittest.TestCase):
             one.add(record, 6000.0 + 20 * number)
             rng.choice(parts).add(record, 6000.0 + 20 * number)
         self.assertEqual(sum(entry["requests"] for entry in one.sessions.values()), len(records))
-        place, one.open = ("a", "http://u/v1"), {("a", "http://u/v1"): (6, 9.0)}
+        place = ("a", "http://u/v1")
+        one.open = {place: (6, 9.0)}
         for part, count, rest_s in zip(parts, (3, 2, 1), (0.0, 9.0, 4.0)):
             part.open = {place: (count, rest_s)}
         merged = plexus_lite.merge_tallies(parts)
